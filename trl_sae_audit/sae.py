@@ -1,0 +1,173 @@
+"""Dictionaries from sae-lens: a release, a directory, or an SAE in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from sae_lens import SAE
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.saes.transcoder import Transcoder
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+
+_CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
+
+
+class SaeLensEncoder:
+    """Encode and decode with the SAE itself, whatever its architecture and run-time normalisation."""
+
+    def __init__(self, sae: SAE[Any]) -> None:
+        self.sae = sae
+
+    @torch.no_grad()
+    def encode(self, hidden: Tensor) -> Tensor:
+        return self.sae.encode(hidden)
+
+    @torch.no_grad()
+    def decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
+        self.sae.run_time_activation_norm_fn_in(hidden)
+        return self.sae.decode(activations)
+
+    @torch.no_grad()
+    def output_scale(self, hidden: Tensor) -> Tensor:
+        """What the decoder's output is multiplied by at run time, read off by passing it zeros and ones."""
+        ends = []
+        for probe in (torch.zeros_like(hidden[..., :1]), torch.ones_like(hidden[..., :1])):
+            self.sae.run_time_activation_norm_fn_in(hidden)
+            ends.append(self.sae.run_time_activation_norm_fn_out(probe))
+        return ends[1] - ends[0]
+
+    def to(self, device: torch.device) -> SaeLensEncoder:
+        return SaeLensEncoder(copy.deepcopy(self.sae).to(device))
+
+
+def load_dictionary(
+    source: str | Path | SAE[Any],
+    sae_id: str | None = None,
+    *,
+    hook_point: str | None = None,
+    name: str | None = None,
+    device: str | torch.device = "cpu",
+) -> FeatureDictionary:
+    """An SAE as a dictionary, wherever it comes from.
+
+    Args:
+        source: a sae-lens release (with `sae_id`), a directory saved by sae-lens, or an SAE object.
+        sae_id: which SAE of the release.
+        hook_point: overrides the place recorded in the SAE: a module path such as `model.layers.9`.
+        name: overrides the name used in logs and records.
+        device: where to keep it; a training callback moves it to the model.
+
+    Raises:
+        AuditError: unknown release or id, release not downloaded and the hub out of reach, a directory
+            that is missing, damaged or of an unknown architecture, a transcoder, an SAE that does not
+            read the residual stream or whose input normalisation is unknown.
+    """
+    if isinstance(source, SAE):
+        sae, default_name = source, source.get_name()
+    elif sae_id is not None:
+        sae, default_name = _load_release(str(source), sae_id, str(device)), f"{source}/{sae_id}"
+    else:
+        path = Path(source)
+        sae, default_name = _load_directory(path, str(device)), path.resolve().name
+    return _as_dictionary(sae, name or default_name, hook_point).to(device)
+
+
+def _as_dictionary(sae: SAE[Any], name: str, hook_point: str | None) -> FeatureDictionary:
+    _refuse_unsuitable(sae, name)
+    metadata = sae.cfg.metadata.to_dict()
+    hook_point = hook_point or metadata.get("hf_hook_name") or metadata.get("hook_name")
+    if not hook_point:
+        raise AuditError(
+            f"SAE {name!r} does not record where it hooks; pass hook_point='model.layers.N' to load_dictionary."
+        )
+    return FeatureDictionary(
+        sae.W_dec,
+        hook_point,
+        name,
+        encoder=SaeLensEncoder(sae),
+        model_name=metadata.get("model_name"),
+        neuronpedia_id=metadata.get("neuronpedia_id"),
+    )
+
+
+def _refuse_unsuitable(sae: SAE[Any], name: str) -> None:
+    if isinstance(sae, Transcoder):
+        raise AuditError(
+            f"{name!r} is a transcoder: its decoder writes elsewhere than its encoder reads, so a gradient at one "
+            "place cannot be read in its features. Take an SAE of the residual stream."
+        )
+    if isinstance(sae, TemporalSAE):
+        raise AuditError(
+            f"{name!r} is a temporal SAE: its activation at a token depends on the tokens before it, which "
+            "attribution by token cannot honour. Take a token-wise SAE, or pass its decoder to FeatureDictionary."
+        )
+    if sae.cfg.reshape_activations != "none":
+        raise AuditError(
+            f"SAE {name!r} reads attention heads ({sae.cfg.reshape_activations}), not the residual stream; take an "
+            "SAE whose hook is hook_resid_post."
+        )
+    if sae.cfg.normalize_activations not in _NORMALISATIONS:
+        raise AuditError(
+            f"SAE {name!r} expects activations normalised by {sae.cfg.normalize_activations!r}, whose factor is not in "
+            "the file; fold it into the weights first (sae.fold_activation_norm_scaling_factor or "
+            "fold_activation_whitening), or load the SAE by its release."
+        )
+
+
+def _load_release(release: str, sae_id: str, device: str) -> SAE[Any]:
+    try:
+        return SAE.from_pretrained(release, sae_id, device=device)
+    except LocalEntryNotFoundError as error:
+        raise AuditError(
+            f"SAE {release}/{sae_id} is not in the local cache and the hub cannot be reached; download it once on a "
+            "machine with access, or pass the path of a directory saved by sae-lens."
+        ) from error
+    except HfHubHTTPError as error:
+        raise AuditError(f"The hub refused SAE {release}/{sae_id}: {error}") from error
+    except OSError as error:
+        raise AuditError(
+            f"SAE {release}/{sae_id} is not (wholly) in the local cache and the hub cannot be reached "
+            f"({type(error).__name__}); download it once on a machine with access, or pass the path of a directory "
+            "saved by sae-lens."
+        ) from error
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise AuditError(f"sae-lens cannot load SAE {release}/{sae_id}: {error}") from error
+
+
+def _load_directory(path: Path, device: str) -> SAE[Any]:
+    if not path.is_dir():
+        raise AuditError(
+            f"{str(path)!r} is not a directory; give a directory saved by sae-lens, or a release together with sae_id."
+        )
+    for file in (_CONFIG, _WEIGHTS):
+        if not (path / file).is_file():
+            raise AuditError(
+                f"SAE directory {path} has no {file}; it is incomplete or was not saved by sae-lens."
+            )
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AuditError(f"{path / _CONFIG} is not valid JSON ({error}); copy the SAE again.") from error
+    if not isinstance(config, dict):
+        raise AuditError(f"{path / _CONFIG} is not a configuration; copy the SAE again.")
+    architecture = config.get("architecture", "standard")
+    if architecture not in SAE_CLASS_REGISTRY:
+        raise AuditError(
+            f"SAE directory {path} is of architecture {architecture!r}, which sae-lens does not know "
+            f"({', '.join(sorted(SAE_CLASS_REGISTRY))}); update sae-lens, or save the SAE in one of these."
+        )
+    try:
+        return SAE.load_from_disk(path, device=device)
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise AuditError(f"SAE directory {path} is damaged or incomplete: {error}") from error
