@@ -1,0 +1,117 @@
+"""How well a dictionary fits the activations it is used on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dictionary import FeatureDictionary
+
+_CHUNK_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Health:
+    """Fit of a dictionary on the tokens it was given.
+
+    Attributes:
+        fvu: fraction of variance unexplained, Σ‖h − ĥ‖² / Σ‖h − mean(h)‖². 0 is perfect, 1 is no better than
+            the mean of the tokens.
+        l0: mean number of active features a token.
+        dead: share of the features that were active on none of the tokens.
+        tokens: how many tokens (the sum of their weights).
+
+    A figure is NaN where it does not exist: raw directions neither reconstruct nor switch off, and without
+    tokens nothing is known.
+    """
+
+    fvu: float
+    l0: float
+    dead: float
+    tokens: float
+
+
+class HealthTotals:
+    """Running totals of a dictionary's health; nothing in `update` waits for the device.
+
+    Args:
+        dictionary: the dictionary, already on the device of the hidden states.
+    """
+
+    def __init__(self, dictionary: FeatureDictionary) -> None:
+        self.dictionary = dictionary
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens seen."""
+        device, wide = self.dictionary.device, _accumulator(self.dictionary.device)
+        self._tokens = torch.zeros((), dtype=wide, device=device)
+        self._error = torch.zeros((), dtype=wide, device=device)
+        self._square = torch.zeros((), dtype=wide, device=device)
+        self._sum = torch.zeros(self.dictionary.d_model, dtype=wide, device=device)
+        self._firing = torch.zeros(self.dictionary.d_sae, dtype=wide, device=device)
+        self._shift: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, hidden: Tensor, weight: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            hidden: [n, d_model], of any float type.
+            weight: [n], how much each token counts: a mask, or None for all alike. What stands in a row of
+                weight 0 does not matter, not even NaN.
+        """
+        if weight is None:
+            weight = torch.ones(hidden.shape[0], device=hidden.device)
+        weight = weight.to(self.dictionary.device, torch.float32)
+        self._tokens += weight.sum(dtype=self._tokens.dtype)
+        if self.dictionary.encoder is None:
+            return
+        rows = max(1, _CHUNK_BYTES // (4 * self.dictionary.d_sae))
+        for some, weights in zip(hidden.split(rows), weight.split(rows), strict=True):
+            self._add(some.to(self.dictionary.device, torch.float32), weights)
+
+    def result(self) -> Health:
+        """The figures so far; reads them from the device."""
+        tokens = float(self._tokens)
+        if self.dictionary.encoder is None or tokens == 0:
+            return Health(fvu=float("nan"), l0=float("nan"), dead=float("nan"), tokens=tokens)
+        variance = float(self._square - self._sum.square().sum() / self._tokens)
+        return Health(
+            fvu=float(self._error) / variance if variance > 0 else float("nan"),
+            l0=float(self._firing.sum()) / tokens,
+            dead=float((self._firing == 0).to(torch.float32).mean()),
+            tokens=tokens,
+        )
+
+    def frequency(self) -> Tensor:
+        """Share of the tokens on which each feature was active: [d_sae], NaN without tokens."""
+        return (self._firing / self._tokens).to(torch.float32)
+
+    def _add(self, hidden: Tensor, weight: Tensor) -> None:
+        counts = (weight > 0)[:, None]
+        hidden = torch.where(counts, hidden, 0.0)
+        activations = self.dictionary.encode(hidden)
+        error = torch.where(counts, hidden - self.dictionary.reconstruct(hidden, activations), 0.0)
+        if self._shift is None:  # sums of squares about a point near the mean lose no digits
+            self._shift = (weight @ hidden) / weight.sum().clamp_min(1.0)
+        centred = torch.where(counts, hidden - self._shift, 0.0)
+        wide = self._tokens.dtype
+        self._error += (weight * error.square().sum(-1)).sum(dtype=wide)
+        self._square += (weight * centred.square().sum(-1)).sum(dtype=wide)
+        self._sum += (weight @ centred).to(wide)
+        self._firing += (weight @ (activations != 0).to(torch.float32)).to(wide)
+
+
+@torch.no_grad()
+def health(dictionary: FeatureDictionary, hidden: Tensor, weight: Tensor | None = None) -> Health:
+    """Health of `dictionary` on hidden states [n, d_model], weighted by `weight` [n] if given."""
+    totals = HealthTotals(dictionary)
+    totals.update(hidden, weight)
+    return totals.result()
+
+
+def _accumulator(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
