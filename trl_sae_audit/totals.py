@@ -1,0 +1,372 @@
+"""Running totals of every feature over a run, in memory that does not depend on the number of steps.
+
+A ranking made from what happened to be in each step's top k is wrong for a feature that is always just below it;
+these sums are exact for all features. Everything is accumulated step by step in float64, so the result does
+not depend, to the bit, on how steps are grouped into calls, nor on a stop and a resume between two of them.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from trl_sae_audit.errors import AuditError
+from trl_sae_audit.statistics import benjamini_hochberg, mann_kendall, two_sided_normal_p
+
+_SUMS = (
+    "attribution",
+    "attribution_squared",
+    "attribution_times_step",
+    "positive",
+    "negative",
+    "variance",
+    "share",
+)
+_COUNTS = ("positive_steps", "negative_steps")
+_SCALARS = ("steps", "nonfinite_steps", "variance_steps", "curriculum.width", "curriculum.max_bins")
+_AVERAGED_EXTRAS = ("token_share",)
+"""Extras that are fractions of a step: `frame` shows their mean over steps; of any other extra, the sum."""
+
+_BLOCK = 16384
+"""Features added at a time, so that their sums stay in the processor's cache while the steps go by."""
+
+
+class CurriculumMap:
+    """Sums over [time bins × features] whose size does not grow: when the bins are full, neighbours merge.
+
+    Bins start one step wide; each merge doubles the width, so bin b holds steps `b·width + 1 … (b+1)·width`.
+
+    Args:
+        n_features: F.
+        max_bins: most bins ever held, an even number from 2 to 4096.
+    """
+
+    def __init__(self, n_features: int, max_bins: int = 64):
+        if max_bins % 2 or not 2 <= max_bins <= 4096:
+            raise AuditError(
+                f"max_bins is {max_bins}, but bins merge in pairs: choose an even number, 2 to 4096."
+            )
+        self.max_bins = max_bins
+        self.width = 1
+        self.last_step = 0
+        self._sums = np.zeros((max_bins, n_features), np.float32)
+        self._counts = np.zeros(max_bins, np.int64)
+
+    @property
+    def sums(self) -> np.ndarray:
+        """Sum of attribution in each bin begun so far, [bins, F] float32."""
+        return self._sums[: self._n_bins]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Steps added to each bin, [bins] int64; steps that were skipped are not among them."""
+        return self._counts[: self._n_bins]
+
+    @property
+    def _n_bins(self) -> int:
+        return -(-self.last_step // self.width)
+
+    def add(self, attribution: np.ndarray) -> None:
+        """Count the next step, with its attribution [F]."""
+        self.skip()
+        index = (self.last_step - 1) // self.width
+        self._sums[index] += attribution
+        self._counts[index] += 1
+
+    def skip(self) -> None:
+        """Let the next step pass without adding anything."""
+        self.last_step += 1
+        if self.last_step > self.width * self.max_bins:
+            self._merge_neighbours()
+
+    def _merge_neighbours(self) -> None:
+        half = self.max_bins // 2
+        for index in range(half):
+            np.add(self._sums[2 * index], self._sums[2 * index + 1], out=self._sums[index])
+        self._sums[half:] = 0
+        self._counts[:half] = self._counts[0::2] + self._counts[1::2]
+        self._counts[half:] = 0
+        self.width *= 2
+
+    def means(self) -> np.ndarray:
+        """Mean attribution per step in each bin, [bins, F] float32; NaN in a bin without a finite step."""
+        counts = np.where(self.counts, self.counts, np.nan).astype(np.float32)
+        return self.sums / counts[:, None]
+
+    def frame(self) -> pd.DataFrame:
+        """`means` with the bins' (first_step, last_step) as index and the features as columns."""
+        first = np.arange(self._n_bins) * self.width + 1
+        last = np.minimum(first + self.width - 1, self.last_step)
+        index = pd.MultiIndex.from_arrays([first, last], names=["first_step", "last_step"])
+        columns = pd.RangeIndex(self._sums.shape[1], name="feature")
+        return pd.DataFrame(self.means(), index=index, columns=columns, copy=False)
+
+    def load(self, sums: np.ndarray, counts: np.ndarray, width: int, last_step: int) -> None:
+        """Take over the state of another map of the same size."""
+        self.width, self.last_step = width, last_step
+        self._sums[: len(sums)] = sums
+        self._counts[: len(counts)] = counts
+
+
+class FeatureTotals:
+    """Sums of one dictionary's features over the optimizer steps of a run. Positive = up-weighted.
+
+    Args:
+        n_features: F = d_sae.
+        max_bins: time bins of the curriculum map.
+
+    Attributes:
+        steps: optimizer steps seen, the non-finite ones included.
+        nonfinite_steps: steps left out of every sum because their gradient was not finite.
+        variance_steps: steps whose standard error was known (two examples or more).
+        sums: name → float64 [F], summed over the finite steps.
+        extras: name → float64 [F], the sums of what the caller passed besides.
+        curriculum: the map over time.
+    """
+
+    def __init__(self, n_features: int, max_bins: int = 64):
+        self.n_features = n_features
+        self.steps = 0
+        self.nonfinite_steps = 0
+        self.variance_steps = 0
+        self.sums = {name: np.zeros(n_features) for name in _SUMS}
+        self.counts = {name: np.zeros(n_features, np.int32) for name in _COUNTS}
+        self.extras: dict[str, np.ndarray] = {}
+        self.curriculum = CurriculumMap(n_features, max_bins)
+        self._step_sum = 0.0
+        self._step_square_sum = 0.0
+
+    @property
+    def finite_steps(self) -> int:
+        """Steps that entered the sums."""
+        return self.steps - self.nonfinite_steps
+
+    def update(
+        self,
+        attribution: np.ndarray,
+        positive: np.ndarray,
+        negative: np.ndarray,
+        variance: np.ndarray,
+        share: np.ndarray,
+        extras: Mapping[str, np.ndarray] | None = None,
+        finite: np.ndarray | None = None,
+    ) -> None:
+        """Add S consecutive optimizer steps.
+
+        Args:
+            attribution: [S, F].
+            positive: [S, F], attribution of the chosen / reinforced side.
+            negative: [S, F], attribution of the rejected / suppressed side.
+            variance: [S, F], squared standard error of each step's attribution; a row of NaN where it is
+                unknown (fewer than two examples).
+            share: [S, F], squared cosine between the step's gradient and the feature; 0 where the gradient is 0.
+            extras: name → [S, F]; the same names at every call.
+            finite: [S], False for a step whose gradient was not finite. Such a step, and one whose attribution
+                itself is not finite, is counted but enters no sum.
+
+        Raises:
+            AuditError: an array of another shape, or extras under other names than before.
+        """
+        rows = {"attribution": attribution, "positive": positive, "negative": negative}
+        rows |= {"variance": variance, "share": share}
+        rows = self._checked(rows)
+        extra_rows = self._checked_extras(extras or {}, len(rows["attribution"]))
+        keep = np.isfinite(rows["attribution"]).all(axis=1)
+        if finite is not None:
+            keep &= np.asarray(finite, bool)
+        known = keep & ~np.isnan(rows["variance"]).all(axis=1)
+        first_step = self.steps + 1
+        for start in range(0, self.n_features, _BLOCK):
+            self._add_block(slice(start, start + _BLOCK), rows, extra_rows, keep, known, first_step)
+        for row, kept in zip(rows["attribution"], keep, strict=True):
+            self._count_step(row, bool(kept))
+        self.variance_steps += int(known.sum())
+
+    def _add_block(
+        self,
+        features: slice,
+        rows: dict[str, np.ndarray],
+        extra_rows: dict[str, np.ndarray],
+        keep: np.ndarray,
+        known: np.ndarray,
+        first_step: int,
+    ) -> None:
+        sums = {name: total[features] for name, total in self.sums.items()}
+        counts = {name: total[features] for name, total in self.counts.items()}
+        scratch = np.empty_like(sums["attribution"])
+        exact = np.empty_like(scratch)
+        for index in np.flatnonzero(keep):
+            row = rows["attribution"][index, features]
+            exact[:] = row
+            sums["attribution"] += exact
+            sums["attribution_times_step"] += np.multiply(exact, first_step + index, out=scratch)
+            sums["attribution_squared"] += np.multiply(exact, exact, out=scratch)
+            counts["positive_steps"] += row > 0
+            counts["negative_steps"] += row < 0
+            for name in ("positive", "negative", "share"):
+                sums[name] += rows[name][index, features]
+            if known[index]:
+                sums["variance"] += rows["variance"][index, features]
+            for name, extra in extra_rows.items():
+                self.extras[name][features] += extra[index, features]
+
+    def _count_step(self, attribution: np.ndarray, finite: bool) -> None:
+        self.steps += 1
+        if finite:
+            self.curriculum.add(attribution)
+            self._step_sum += self.steps
+            self._step_square_sum += self.steps**2
+        else:
+            self.curriculum.skip()
+            self.nonfinite_steps += 1
+
+    def _checked(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = {name: np.asarray(values) for name, values in rows.items()}
+        expected = (len(arrays["attribution"]), self.n_features)
+        for name, values in arrays.items():
+            if values.shape != expected:
+                raise AuditError(
+                    f"{name} has shape {values.shape}, but these totals need {expected}: one row a step and one "
+                    f"column for each of the dictionary's {self.n_features} features."
+                )
+        return arrays
+
+    def _checked_extras(self, extras: Mapping[str, np.ndarray], n_steps: int) -> dict[str, np.ndarray]:
+        if self.steps == 0 and not self.extras:
+            self.extras = {name: np.zeros(self.n_features) for name in extras}
+        if set(extras) != set(self.extras):
+            raise AuditError(
+                f"extras are named {sorted(extras)}, but earlier steps had {sorted(self.extras)}: pass the same "
+                "names at every step of a run."
+            )
+        rows = self._checked({"attribution": np.broadcast_to(0.0, (n_steps, self.n_features)), **extras})
+        return {name: rows[name] for name in extras}
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Everything, as arrays that share memory with this object: store or copy them before the next update."""
+        state: dict[str, np.ndarray] = {f"sums.{name}": total for name, total in self.sums.items()}
+        state |= {f"counts.{name}": total for name, total in self.counts.items()}
+        state |= {f"extras.{name}": total for name, total in self.extras.items()}
+        state["curriculum.sums"] = self.curriculum.sums
+        state["curriculum.counts"] = self.curriculum.counts
+        counters = (self.steps, self.nonfinite_steps, self.variance_steps)
+        scalars = (*counters, self.curriculum.width, self.curriculum.max_bins)
+        state |= {name: np.array([value], np.int64) for name, value in zip(_SCALARS, scalars, strict=True)}
+        state["step_moments"] = np.array([self._step_sum, self._step_square_sum])
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> "FeatureTotals":
+        """The totals that `state_dict` described, to the bit.
+
+        Raises:
+            AuditError: an array is missing, unknown, or of the wrong type or shape.
+        """
+        extras = [name.removeprefix("extras.") for name in state if name.startswith("extras.")]
+        _check_state(state, extras)
+        totals = cls(state["sums.attribution"].shape[0], int(state["curriculum.max_bins"][0]))
+        totals.sums = {name: state[f"sums.{name}"].copy() for name in _SUMS}
+        totals.counts = {name: state[f"counts.{name}"].copy() for name in _COUNTS}
+        totals.extras = {name: state[f"extras.{name}"].copy() for name in extras}
+        totals.steps = int(state["steps"][0])
+        totals.nonfinite_steps = int(state["nonfinite_steps"][0])
+        totals.variance_steps = int(state["variance_steps"][0])
+        totals._step_sum, totals._step_square_sum = map(float, state["step_moments"])
+        sums, counts = state["curriculum.sums"], state["curriculum.counts"]
+        totals.curriculum.load(sums, counts, int(state["curriculum.width"][0]), totals.steps)
+        return totals
+
+    def frame(self, d_model: int) -> pd.DataFrame:
+        """One row a feature, in the order of the dictionary.
+
+        attribution (sum over the run), attribution_mean (per step), standard_error (of the sum, `sqrt` of the
+        steps' summed variances; steps of unknown variance are taken to have the mean of the others), z, p_value
+        (two-sided, normal), q_value (Benjamini–Hochberg over the features), share (mean over steps of the squared
+        cosine; directions overlap, so shares do not add up over features), lift (`share · d_model`; 1 is what a
+        random direction gets), positive_steps, negative_steps, chosen and rejected (attribution of the two sides),
+        trend (least-squares slope of attribution, per step), trend_tau, trend_p_value and trend_q_value
+        (Mann–Kendall over the means of the curriculum's bins), then the extras.
+
+        The standard error treats every example of every step as an independent draw. Examples that come again in
+        a later epoch are not, and nor are several completions of one prompt: with k passes over the data it is too
+        small, by up to a factor `sqrt(k)`, and p_value and q_value with it. The trend test takes bins as
+        independent too, which data sorted by difficulty or by source breaks.
+
+        Args:
+            d_model: width of the residual stream.
+        """
+        sums, n = self.sums, self.finite_steps
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inverse = np.float64(1.0) / n if n else np.nan
+            scale = n / self.variance_steps if self.variance_steps else np.nan
+            standard_error = np.sqrt(sums["variance"] * scale)
+            z = np.where(standard_error > 0, sums["attribution"] / standard_error, np.nan)
+        p_value = two_sided_normal_p(z)
+        seen = self.curriculum.counts > 0
+        tau, trend_p = mann_kendall(self.curriculum.means()[seen])
+        columns = {
+            "feature": np.arange(self.n_features),
+            "attribution": sums["attribution"],
+            "attribution_mean": sums["attribution"] * inverse,
+            "standard_error": standard_error,
+            "z": z,
+            "p_value": p_value,
+            "q_value": benjamini_hochberg(p_value),
+            "share": sums["share"] * inverse,
+            "lift": sums["share"] * inverse * d_model,
+            **self.counts,
+            "chosen": sums["positive"],
+            "rejected": sums["negative"],
+            "trend": self._slope(),
+            "trend_tau": tau,
+            "trend_p_value": trend_p,
+            "trend_q_value": benjamini_hochberg(trend_p),
+        }
+        for name, total in self.extras.items():
+            columns[name] = total * inverse if name in _AVERAGED_EXTRAS else total
+        return pd.DataFrame(columns)
+
+    def _slope(self) -> np.ndarray:
+        """Least-squares slope of attribution against the step, [F]; NaN with fewer than two finite steps."""
+        if self.finite_steps < 2:
+            return np.full(self.n_features, np.nan)
+        mean_step = self._step_sum / self.finite_steps
+        spread = self._step_square_sum - self._step_sum * mean_step
+        return (self.sums["attribution_times_step"] - mean_step * self.sums["attribution"]) / spread
+
+
+def _check_state(state: Mapping[str, np.ndarray], extras: list[str]) -> None:
+    """Refuse, with an AuditError, a state that `FeatureTotals.state_dict` could not have made."""
+    expected: dict[str, tuple[type, tuple[int, ...]]] = dict.fromkeys(_SCALARS, (np.int64, (1,)))
+    _check_arrays(state, expected)
+    if "sums.attribution" not in state:
+        raise AuditError("the sum of attributions is missing: these totals are damaged, so use another copy.")
+    features = state["sums.attribution"].shape[:1]
+    expected |= {f"sums.{name}": (np.float64, features) for name in _SUMS}
+    expected |= {f"counts.{name}": (np.int32, features) for name in _COUNTS}
+    expected |= {f"extras.{name}": (np.float64, features) for name in extras}
+    expected["step_moments"] = (np.float64, (2,))
+    steps, width, max_bins = (
+        int(state[name][0]) for name in ("steps", "curriculum.width", "curriculum.max_bins")
+    )
+    bins = min(-(-steps // max(width, 1)), max_bins)
+    expected["curriculum.sums"] = (np.float32, (bins, *features))
+    expected["curriculum.counts"] = (np.int64, (bins,))
+    _check_arrays(state, expected)
+    unknown = sorted(set(state) - set(expected))
+    if unknown:
+        raise AuditError(
+            f"{unknown[0]!r} is no part of totals: another version of trl-sae-audit wrote them, use that."
+        )
+
+
+def _check_arrays(
+    state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[type, tuple[int, ...]]]
+) -> None:
+    for name, (kind, shape) in expected.items():
+        if name not in state or state[name].dtype != kind or state[name].shape != shape:
+            found = f"{state[name].dtype} {state[name].shape}" if name in state else "missing"
+            raise AuditError(
+                f"{name!r} of these totals is {found} instead of {np.dtype(kind)} {shape}: they are damaged or of "
+                "another version of trl-sae-audit, so use another copy."
+            )
