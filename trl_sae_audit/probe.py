@@ -1,0 +1,98 @@
+"""Drift: what a feature's activation on a fixed batch of texts does while the model trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+from .hook_points import HookPoint
+
+
+class _Reached(Exception):  # noqa: N818, not an error
+    """The forward pass has come to the hook point; what lies above is not needed."""
+
+
+class Probe:
+    """A fixed, tokenized batch.
+
+    Args:
+        batch: `input_ids` and `attention_mask`, [rows, tokens]; other keys go to the model as they are.
+    """
+
+    def __init__(self, batch: Mapping[str, Tensor]) -> None:
+        missing = {"input_ids", "attention_mask"} - set(batch)
+        if missing:
+            raise AuditError(
+                f"The probe batch has no {' and no '.join(sorted(missing))}; tokenize it with padding."
+            )
+        if batch["input_ids"].numel() == 0:
+            raise AuditError("The probe batch is empty; give at least one text.")
+        self.batch = dict(batch)
+
+    @classmethod
+    def from_texts(
+        cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
+    ) -> Probe:
+        """Tokenize `texts` as they are, padded on the right and cut at `max_length` tokens."""
+        if not texts:
+            raise AuditError("The probe has no texts; give at least one.")
+        return cls(
+            tokenizer(
+                list(texts),
+                return_tensors="pt",
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                max_length=max_length,
+            )
+        )
+
+    @torch.no_grad()
+    def mean_activations(self, point: HookPoint, dictionary: FeatureDictionary, features: Tensor) -> Tensor:
+        """Mean activation of `features` over the probe's tokens but the first of each row: [len(features)].
+
+        Runs the decoder in evaluation mode up to the hook point and leaves every module's mode as it was.
+        """
+        hidden = hidden_states(point, self.batch)
+        mask = self.batch["attention_mask"].to(hidden.device).bool()
+        tokens = hidden[mask & (mask.cumsum(1) > 1)]
+        width = max(1, 64 * 2**20 // (4 * dictionary.d_sae))
+        sums = [dictionary.encode(part)[:, features].sum(0) for part in tokens.split(width)]
+        return torch.stack(sums).sum(0) / len(tokens)
+
+
+def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states [rows, tokens, d_model] at the hook point; nothing above it is computed."""
+    device = next(point.decoder.parameters()).device
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = point.module.register_forward_hook(capture)
+    try:
+        with evaluation_mode(point.decoder), contextlib.suppress(_Reached):
+            point.decoder(**{name: value.to(device) for name, value in batch.items()})
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while, with every module's own mode restored after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

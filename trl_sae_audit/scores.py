@@ -1,0 +1,107 @@
+"""The scores of an optimizer step: tensors in, tensors out.
+
+Sign, everywhere: positive means that a step down this gradient up-weights the feature.
+`G` is the gradient of the step's loss summed over the tokens of an example, a side or the whole step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dictionary import FeatureDictionary
+
+
+def attribution(gradient: Tensor, dictionary: FeatureDictionary) -> Tensor:
+    """-⟨G, d_f⟩ for every unit direction: [n, d_model] → [n, d_sae]."""
+    return -dictionary.project(gradient)
+
+
+def cosine(attribution: Tensor, gradient: Tensor) -> Tensor:
+    """Cosine of the descent direction -G with each feature: attribution / ‖G‖; 0 where G is 0.
+
+    Args:
+        attribution: [n, d_sae]
+        gradient: [n, d_model]
+    """
+    norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).to(attribution)
+    return torch.where(norm > 0, attribution / norm, 0.0)
+
+
+def share(cosine: Tensor) -> Tensor:
+    """Part of ‖G‖² along the feature, cosine². Directions overlap, so shares do not add up to 1."""
+    return cosine.square()
+
+
+def lift(share: Tensor, d_model: int) -> Tensor:
+    """Share relative to a random direction's expected 1 / d_model."""
+    return share * d_model
+
+
+def variance_of_sum(squares: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """Squared standard error of a sum of `count` independent contributions: n/(n-1)·(Σc² − (Σc)²/n).
+
+    Args:
+        squares: Σ c² [n, d_sae]
+        total: Σ c [n, d_sae]
+        count: number of contributions [n]
+
+    Returns:
+        [n, d_sae]; NaN where there are fewer than two contributions.
+    """
+    n = count.to(total)[:, None]
+    spread = (squares - total.square() / n).clamp(min=0)
+    return torch.where(n > 1, spread * n / (n - 1), torch.nan)
+
+
+def coverage(gradient: Tensor, directions: Tensor) -> Tensor:
+    """Part of ‖G‖² inside the span of some directions; k random ones would hold k / d_model of it.
+
+    The directions are usually those with the largest attribution, chosen among many, which random ones
+    drawn beforehand are not: read the comparison as an upper bound of what the dictionary adds.
+
+    Args:
+        gradient: [n, d_model]
+        directions: [n, k, d_model]
+
+    Returns:
+        [n], 0 where the gradient is 0.
+    """
+    _, singular, basis = torch.linalg.svd(directions, full_matrices=False)
+    spanning = singular > singular[:, :1] * 1e-5
+    inside = (torch.einsum("nkd,nd->nk", basis, gradient).square() * spanning).sum(1)
+    norm = gradient.square().sum(1)
+    return torch.where(norm > 0, inside / norm, 0.0)
+
+
+@dataclass
+class TokenScores:
+    """Running token-level scores of one optimizer step, over loss positions only.
+
+    `token_share_f = Σ⟨g,d_f⟩² / Σ‖g‖²`; `activation_attribution_f = -Σ a_f·⟨g, ∂h/∂a_f⟩`, the first-order
+    effect on the loss of the feature's activation (a_f times the decoder row as the SAE writes it).
+    """
+
+    projected_squares: Tensor
+    gradient_squares: Tensor
+    activation_attribution: Tensor
+
+    @classmethod
+    def zero(cls, dictionary: FeatureDictionary) -> TokenScores:
+        return cls(
+            torch.zeros_like(dictionary.norms),
+            torch.zeros((), device=dictionary.device),
+            torch.zeros_like(dictionary.norms),
+        )
+
+    def add(self, gradient: Tensor, hidden: Tensor, dictionary: FeatureDictionary) -> None:
+        """Add tokens: `gradient` and `hidden` are [n, d_model], float32; chunked over the tokens."""
+        width = max(1, 64 * 2**20 // (4 * dictionary.d_sae))
+        for g, h in zip(gradient.split(width), hidden.split(width), strict=True):
+            projected = dictionary.project(g)
+            self.projected_squares += projected.square().sum(0)
+            effect = projected.mul_(dictionary.encode(h)).mul_(dictionary.written_norms(h))
+            self.activation_attribution -= effect.sum(0)
+        self.gradient_squares += gradient.square().sum()

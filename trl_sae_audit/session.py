@@ -1,0 +1,456 @@
+"""One training run seen by the attribution callback, from its first to its last optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from . import metrics
+from .channel import Channel, Columns
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+from .hook_points import HookPoint, residual_width, resolve_hook_point
+from .probe import Probe
+from .record_files import load_totals, save_totals
+from .record_writer import RecordWriter
+from .totals import FeatureTotals
+from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
+
+logger = logging.getLogger(__name__)
+
+_MOST_BUFFERED_STEPS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user asked of the callback; see FeatureAttributionCallback for each field."""
+
+    dictionaries: tuple[FeatureDictionary, ...]
+    output_dir: Path | None
+    watch: Mapping[str, Any]
+    top_k: int
+    log_top: int
+    token_scores: bool
+    examples: bool
+    health_tokens: int
+    probe: Any
+    probe_steps: int
+    flush_seconds: float
+
+
+class Session:
+    """Listens to one trainer while it trains; everything it puts on model and trainer goes when it ends.
+
+    Args:
+        settings: the callback's.
+        trainer: whose `train` is running.
+        position: which of the trainer's attribution callbacks this is; names its part of a checkpoint.
+
+    Raises:
+        AuditError: before the first step, for whatever would make the scores wrong or lose them.
+    """
+
+    def __init__(self, settings: Settings, trainer: Trainer, position: int) -> None:
+        self.settings = settings
+        self.trainer = trainer
+        self.step = 0
+        self.global_steps: list[int] = []
+        self.finished = False
+        self._position = position
+        self._baselines: dict[str, Tensor] = {}
+        self._drift: dict[str, float] = {}
+        self._last_write = time.monotonic()
+        self._warned_of_missing_gradient = False
+        accelerator = trainer.accelerator
+        policy = policy_of(trainer)
+        self.layout = LAYOUTS[trainer_kind(trainer)]
+        points = [check_dictionary(dictionary, policy) for dictionary in settings.dictionaries]
+        watch = resolve_watch(settings.watch, settings.dictionaries)
+        self._probe = _as_probe(settings.probe, trainer)
+        output_dir = settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
+        state = self._load_state(output_dir)
+        totals = state.totals if state else {}
+        self._writer: RecordWriter | None = None
+        if accelerator.is_main_process:
+            self._writer = self._open_record(output_dir, points, watch, state)
+        if state:
+            self.step = state.step
+            self._baselines = state.baselines
+        self.channels: list[Channel] = []
+        self._seams: Seams | None = None
+        try:
+            for dictionary, point in zip(settings.dictionaries, points, strict=True):
+                self.channels.append(
+                    Channel(
+                        dictionary.to(next(point.decoder.parameters()).device),
+                        point,
+                        watch[dictionary.name],
+                        top_k=settings.top_k,
+                        health_tokens=settings.health_tokens,
+                        token_scores=settings.token_scores,
+                        totals=totals.get(dictionary.name),
+                    )
+                )
+            self._measure_drift()
+            self._seams = Seams(trainer, self)
+        except BaseException:
+            self.abort()
+            raise
+
+    # What the trainer reports
+
+    def begin_microbatch(self) -> None:
+        for channel in self.channels:
+            channel.tap.open()
+
+    def end_microbatch(self, sides: Tensor | None) -> None:
+        for channel in self.channels:
+            channel.end_microbatch(sides, paired=self.layout.paired)
+
+    def before_optimizer_step(self) -> None:
+        """The gradient of this step is complete.
+
+        Raises:
+            AuditError: if none arrived at the very first step.
+        """
+        scaler = self.trainer.accelerator.scaler
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        divisor = self.trainer.accelerator.num_processes * scale
+        for channel in self.channels:
+            if not channel.buffer.has_gradient:
+                self._report_missing_gradient(channel)
+            channel.buffer.finish_step(divisor)
+        self.step += 1
+        self.global_steps.append(self.trainer.state.global_step + 1)
+        if len(self.global_steps) >= _MOST_BUFFERED_STEPS:
+            self._project()
+
+    def after_step(self) -> None:
+        """An optimizer step was made: look at the probe if it is time."""
+        if self._probe is not None and self.step % self.settings.probe_steps == 0:
+            self._project()
+            self._measure_drift()
+
+    def enrich_log(self, logs: dict[str, Any]) -> None:
+        """Add the window's means to a training log; evaluation logs and the final summary stay as they are."""
+        if "train_runtime" in logs or all(name.startswith("eval_") for name in logs):
+            return
+        self._project()
+        self._measure_health()
+        sides = self.layout.sides
+        for channel in self.channels:
+            prefix = "sae" if len(self.channels) == 1 else f"sae/{channel.dictionary.name}"
+            logs.update(metrics.of_channel(channel, prefix, sides, self.settings.log_top))
+            logs.update(metrics.of_drift(channel, prefix, self._drift))
+        if self._writer is not None and time.monotonic() - self._last_write > self.settings.flush_seconds:
+            self._write()
+
+    def save(self) -> None:
+        """Put what a resumed run needs into the trainer's checkpoint, and the record on disk."""
+        self._project()
+        if self._writer is None:
+            return
+        self._write()
+        directory = self._state_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        for index, channel in enumerate(self.channels):
+            save_totals(directory / f"totals-{index}.safetensors", channel.totals)
+        state = {
+            "step": self.step,
+            "dictionaries": [channel.dictionary.identity for channel in self.channels],
+            "baselines": {name: values.tolist() for name, values in self._baselines.items()},
+        }
+        (directory / "state.json").write_text(json.dumps(state))
+
+    def finish(self) -> None:
+        """Training ended well."""
+        try:
+            self._project()
+            self._measure_health()
+            if self._writer is not None:
+                self._writer.close("finished", self.step, self._totals())
+        finally:
+            self._detach()
+
+    def abort(self) -> None:
+        """Training ended with an exception. No communication between processes: the others may be gone."""
+        self._detach()
+        if self._writer is not None:
+            self._writer.close("failed")
+
+    # Behind it
+
+    def _detach(self) -> None:
+        self.finished = True
+        if self._seams is not None:
+            self._seams.remove()
+        for channel in self.channels:
+            channel.tap.remove()
+
+    def _report_missing_gradient(self, channel: Channel) -> None:
+        message = (
+            f"No gradient reached {channel.point.path!r} in optimizer step {self.step + 1}. Likely causes: all "
+            "trainable parameters lie below the hook point or the loss does not depend on it; the model was compiled "
+            "or called before the callback was attached; gradient checkpointing with use_reentrant=True over inputs "
+            "that require no gradient; or the trainer runs a copy of the model. Choose a hook point below the "
+            "trainable parameters, or look at the trainer's loss."
+        )
+        if self.step == 0:
+            raise AuditError(message)
+        if not self._warned_of_missing_gradient:
+            self._warned_of_missing_gradient = True
+            logger.warning("%s The step is recorded as zero.", message)
+        dictionary = channel.dictionary
+        channel.buffer.add(
+            torch.zeros(0, dictionary.d_model, device=dictionary.device), None, paired=False, tokens=None
+        )
+
+    def _project(self) -> None:
+        """Turn buffered steps into scores, on every process alike."""
+        if not self.global_steps:
+            return
+        global_steps, self.global_steps = self.global_steps, []
+        columns: Columns = {
+            "step": np.arange(self.step - len(global_steps) + 1, self.step + 1),
+            "global_step": np.array(global_steps),
+        }
+        for channel in self.channels:
+            tables = channel.project(columns, self._sum_over_processes, keep_examples=self.settings.examples)
+            for table, parts in tables.items():
+                self._append(table, parts)
+
+    def _append(self, table: str, parts: list[Columns]) -> None:
+        if table == "examples":
+            process = self.trainer.accelerator.process_index
+            parts = [part | {"process": np.full(len(part["step"]), process)} for part in parts]
+            if self.trainer.accelerator.num_processes > 1:
+                parts = gather_object(parts)
+        if self._writer is not None:
+            for part in parts:
+                self._writer.append(table, part)
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        if self.trainer.accelerator.num_processes == 1:
+            return tensor
+        return self.trainer.accelerator.reduce(tensor, "sum")
+
+    def _measure_health(self) -> None:
+        for channel in self.channels:
+            row = channel.measure_health()
+            if row is not None and self._writer is not None:
+                self._writer.append("health", {"step": [self.step], **row})
+
+    def _measure_drift(self) -> None:
+        if self._probe is None:
+            return
+        for channel in self.channels:
+            if not channel.watch:
+                continue
+            name = channel.dictionary.name
+            activation = self._probe.mean_activations(
+                channel.point, channel.dictionary, channel.watched
+            ).cpu()
+            drift = activation - self._baselines.setdefault(name, activation)
+            for index, label in enumerate(channel.watch):
+                self._drift[f"{name}/{label}"] = float(drift[index])
+            if self._writer is not None:
+                self._writer.append(
+                    "drift",
+                    {
+                        "step": [self.step] * len(channel.watch),
+                        "dictionary": [name] * len(channel.watch),
+                        "feature": list(channel.watch.values()),
+                        "label": list(channel.watch),
+                        "activation": activation.tolist(),
+                        "drift": drift.tolist(),
+                    },
+                )
+
+    def _totals(self) -> dict[str, FeatureTotals]:
+        return {channel.dictionary.name: channel.totals for channel in self.channels}
+
+    def _write(self) -> None:
+        if self._writer is not None:
+            self._writer.flush(self.step, self._totals())
+            self._last_write = time.monotonic()
+
+    def _open_record(
+        self,
+        output_dir: Path,
+        points: list[HookPoint],
+        watch: dict[str, dict[str, int]],
+        state: _State | None,
+    ) -> RecordWriter:
+        header = self._header(points, watch)
+        if state is not None and output_dir.exists():
+            return RecordWriter.resume(output_dir, header, state.step, state.totals)
+        return RecordWriter.create(output_dir, header)
+
+    def _header(self, points: list[HookPoint], watch: dict[str, dict[str, int]]) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "trainer": trainer_kind(trainer),
+            "trainer_class": f"{type(trainer).__module__}.{type(trainer).__qualname__}",
+            "model": model_name(policy_of(trainer)),
+            "sides": list(self.layout.sides) if self.layout.sides else None,
+            "processes": trainer.accelerator.num_processes,
+            "dictionaries": [
+                dataclasses.asdict(dictionary.info) | {"module": point.path}
+                for dictionary, point in zip(self.settings.dictionaries, points, strict=True)
+            ],
+            "watch": watch,
+            "settings": {
+                name: getattr(self.settings, name)
+                for name in ("top_k", "token_scores", "examples", "health_tokens", "probe_steps")
+            },
+            "arguments": json.loads(json.dumps(trainer.args.to_dict(), default=str)),
+        }
+
+    def _state_directory(self) -> Path:
+        checkpoint = Path(self.trainer.args.output_dir) / f"checkpoint-{self.trainer.state.global_step}"
+        return checkpoint / f"sae_audit_{self._position}"
+
+    def _load_state(self, output_dir: Path) -> _State | None:
+        """What the checkpoint being resumed from says; None in a new run, or where the callback is new to it."""
+        if self.trainer.state.global_step == 0:
+            return None
+        directory = self._state_directory()
+        if not (directory / "state.json").is_file():
+            if output_dir.exists():
+                raise AuditError(
+                    f"The run resumes at step {self.trainer.state.global_step}, but {directory.parent} holds no state "
+                    f"of this callback to continue the record in {output_dir} with; choose a new output_dir, which "
+                    "then begins at this step."
+                )
+            logger.warning(
+                "The run resumes at step %d without a state of this callback: its record begins there.",
+                self.trainer.state.global_step,
+            )
+            return None
+        return _State.load(directory, self.settings.dictionaries)
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    step: int
+    totals: dict[str, FeatureTotals]
+    baselines: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, directory: Path, dictionaries: tuple[FeatureDictionary, ...]) -> _State:
+        try:
+            state = json.loads((directory / "state.json").read_text())
+        except json.JSONDecodeError as error:
+            raise AuditError(
+                f"{directory / 'state.json'} is damaged ({error}); resume from an earlier checkpoint."
+            ) from error
+        if state["dictionaries"] != [dictionary.identity for dictionary in dictionaries]:
+            raise AuditError(
+                f"The checkpoint {directory.parent} was made with other dictionaries than this run has; pass the same "
+                "ones in the same order, or start a new run."
+            )
+        return cls(
+            step=state["step"],
+            totals={
+                dictionary.name: load_totals(directory / f"totals-{index}.safetensors")
+                for index, dictionary in enumerate(dictionaries)
+            },
+            baselines={name: torch.tensor(values) for name, values in state["baselines"].items()},
+        )
+
+
+def check_dictionary(dictionary: FeatureDictionary, policy: nn.Module) -> HookPoint:
+    """Find the dictionary's hook point in the policy.
+
+    Logs a warning where the dictionary was made for a model of another name.
+
+    Raises:
+        AuditError: hook point missing or ambiguous, or of another width than the model.
+    """
+    point = resolve_hook_point(policy, dictionary.hook_point)
+    width = residual_width(policy)
+    if width != dictionary.d_model:
+        raise AuditError(
+            f"Dictionary {dictionary.name!r} reads {dictionary.d_model} dimensions but the residual stream of "
+            f"{type(policy).__name__} has {width}; it was made for another model"
+            f"{f' ({dictionary.model_name})' if dictionary.model_name else ''}."
+        )
+    trained = model_name(policy)
+    if dictionary.model_name and trained and not _same_family(dictionary.model_name, trained):
+        logger.warning(
+            "Dictionary %r was made for %r but the model trained is %r: its features may not mean there what their "
+            "labels say; check the fit with `trl-sae-audit doctor`, and watch sae/fvu.",
+            dictionary.name,
+            dictionary.model_name,
+            trained,
+        )
+    return point
+
+
+def model_name(model: nn.Module) -> str:
+    """What the Hugging Face model inside `model` was loaded as; empty if it was made in memory."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            return part.config.name_or_path
+    return ""
+
+
+def _same_family(one: str, other: str) -> bool:
+    a, b = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
+    return a.startswith(b) or b.startswith(a)
+
+
+def resolve_watch(
+    watch: Mapping[str, Any], dictionaries: tuple[FeatureDictionary, ...]
+) -> dict[str, dict[str, int]]:
+    """Watched features by dictionary: {name: {label: feature}}.
+
+    Raises:
+        AuditError: an index out of range, a dictionary of another name, or several dictionaries and none named.
+    """
+    by_name = {dictionary.name: dictionary for dictionary in dictionaries}
+    resolved: dict[str, dict[str, int]] = {name: {} for name in by_name}
+    for label, target in watch.items():
+        if isinstance(target, tuple):
+            name, feature = target
+        elif len(dictionaries) == 1:
+            name, feature = dictionaries[0].name, target
+        else:
+            raise AuditError(
+                f"Watched feature {label!r} does not say which of {len(dictionaries)} dictionaries it is of; write "
+                f"{{{label!r}: ({dictionaries[0].name!r}, {target})}}."
+            )
+        if name not in by_name:
+            raise AuditError(
+                f"Watched feature {label!r} is of dictionary {name!r}, which is not among {sorted(by_name)}."
+            )
+        d_sae = by_name[name].d_sae
+        if not isinstance(feature, int) or isinstance(feature, bool) or not 0 <= feature < d_sae:
+            raise AuditError(
+                f"Watched feature {label!r} is {feature!r}, but dictionary {name!r} has features 0 to {d_sae - 1}."
+            )
+        if feature in resolved[name].values():
+            raise AuditError(f"Feature {feature} of {name!r} is watched under two labels; keep one of them.")
+        resolved[name][label] = feature
+    return resolved
+
+
+def _as_probe(probe: Any, trainer: Trainer) -> Probe | None:
+    if probe is None or isinstance(probe, Probe):
+        return probe
+    if isinstance(probe, Mapping):
+        return Probe(probe)
+    if isinstance(probe, (list, tuple)) and all(isinstance(text, str) for text in probe):
+        return Probe.from_texts(probe, trainer.processing_class)
+    raise AuditError(f"The probe is a {type(probe).__name__}; give a list of texts or a tokenized batch.")

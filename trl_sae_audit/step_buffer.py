@@ -1,0 +1,169 @@
+"""Gradient sums of the optimizer steps since the last projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+from .scores import TokenScores, attribution, variance_of_sum
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum of a tensor over all processes."""
+
+
+@dataclass
+class StepSums:
+    """One optimizer step at one hook point, on this process.
+
+    `sums` holds G of the whole step, of the positive side and of the negative side: [3, d_model].
+    `counts` the examples in each: [3]. `examples` every example's own G: [n, d_model], and `example_sides`
+    its side (+1, -1, 0), or None where an example has both.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    examples: Tensor
+    example_sides: Tensor | None
+    tokens: TokenScores | None
+
+
+@dataclass
+class StepScores:
+    """Scores of S consecutive optimizer steps in one dictionary, over all processes.
+
+    Everything per feature is [S, d_sae] on the dictionary's device; `gradient` is G [S, d_model].
+    """
+
+    gradient: Tensor
+    attribution: Tensor
+    positive: Tensor
+    negative: Tensor
+    variance: Tensor
+    counts: Tensor
+    token_share: Tensor | None = None
+    activation_attribution: Tensor | None = None
+
+
+class StepBuffer:
+    """Collects micro-batches into optimizer steps; keeps sums only, until `take` hands them over."""
+
+    def __init__(self) -> None:
+        self._microbatches: list[StepSums] = []
+        self._steps: list[StepSums] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient has arrived since the last optimizer step."""
+        return bool(self._microbatches)
+
+    def add(self, rows: Tensor, sides: Tensor | None, *, paired: bool, tokens: TokenScores | None) -> None:
+        """A micro-batch.
+
+        Args:
+            rows: Σ_t g[i,t] of every row, [rows, d_model], float32.
+            sides: +1, -1 or 0 of every row, [rows]; None where the trainer has no sides.
+            paired: row j and row j + rows/2 are one example.
+            tokens: token-level scores of the micro-batch, where asked for.
+
+        Raises:
+            AuditError: if the rows are not those the trainer's batch has.
+        """
+        if sides is not None and len(sides) != len(rows):
+            raise AuditError(
+                f"The model saw {len(rows)} rows but the trainer's batch has {len(sides)}: a custom collator, packing "
+                "or an overridden compute_loss changes the layout, so sides and examples cannot be told apart."
+            )
+        if paired and len(rows) % 2:
+            raise AuditError(
+                f"The model saw {len(rows)} rows where pairs of chosen and rejected were expected; a custom collator, "
+                "packing or padding_free changes the layout."
+            )
+        examples, example_sides = rows, sides
+        if paired:
+            examples, example_sides = rows[: len(rows) // 2] + rows[len(rows) // 2 :], None
+        masks = torch.ones(3, len(rows), device=rows.device)
+        if sides is None:
+            masks[1:] = 0
+        else:
+            masks[1], masks[2] = sides > 0, sides < 0
+        counts = masks.sum(1)
+        counts[0] = len(examples)
+        self._microbatches.append(StepSums(masks @ rows, counts, examples, example_sides, tokens))
+
+    def finish_step(self, divisor: float) -> None:
+        """The optimizer is about to step: what has arrived, divided by `divisor`, is one step's gradient."""
+        parts, self._microbatches = self._microbatches, []
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        sides = [part.example_sides for part in parts if part.example_sides is not None]
+        self._steps.append(
+            StepSums(
+                torch.stack([part.sums for part in parts]).sum(0) / divisor,
+                torch.stack([part.counts for part in parts]).sum(0),
+                torch.cat([part.examples for part in parts]) / divisor,
+                torch.cat(sides) if sides else None,
+                _add_tokens(tokens, divisor) if tokens else None,
+            )
+        )
+
+    def discard(self) -> None:
+        """Forget a step that was not finished."""
+        self._microbatches = []
+
+    def take(self) -> list[StepSums]:
+        """Hand over the finished steps."""
+        steps, self._steps = self._steps, []
+        return steps
+
+
+def score_steps(steps: list[StepSums], dictionary: FeatureDictionary, reduce: Reduce) -> StepScores:
+    """Project S steps once: the only place where features and gradients meet."""
+    d_model = dictionary.d_model
+    packed = torch.stack([torch.cat([step.sums.flatten(), step.counts]) for step in steps])
+    packed = reduce(packed.to(dictionary.device, torch.float32))
+    sums, counts = packed[:, : 3 * d_model].reshape(-1, 3, d_model), packed[:, 3 * d_model :]
+    projected = attribution(sums.reshape(-1, d_model), dictionary).reshape(len(steps), 3, -1)
+    squares = reduce(torch.stack([_sum_of_squares(step.examples, dictionary) for step in steps]))
+    scores = StepScores(
+        gradient=sums[:, 0],
+        attribution=projected[:, 0],
+        positive=projected[:, 1],
+        negative=projected[:, 2],
+        variance=variance_of_sum(squares, projected[:, 0], counts[:, 0]),
+        counts=counts,
+    )
+    tokens = [step.tokens for step in steps if step.tokens is not None]
+    if tokens:
+        squared = reduce(torch.stack([token.projected_squares for token in tokens]))
+        norm = reduce(torch.stack([token.gradient_squares for token in tokens]))[:, None]
+        scores.token_share = torch.where(norm > 0, squared / norm, 0.0)
+        scores.activation_attribution = reduce(
+            torch.stack([token.activation_attribution for token in tokens])
+        )
+    return scores
+
+
+def _sum_of_squares(examples: Tensor, dictionary: FeatureDictionary) -> Tensor:
+    """Σ_i ⟨G_i, d_f⟩² [d_sae] without an [examples, d_sae] matrix larger than a chunk."""
+    examples = examples.to(dictionary.directions)
+    return torch.cat(
+        [
+            (examples @ dictionary.directions[part].T).square().sum(0)
+            for part in dictionary.chunks(len(examples))
+        ]
+    )
+
+
+def _add_tokens(parts: list[TokenScores], divisor: float) -> TokenScores:
+    return TokenScores(
+        torch.stack([part.projected_squares for part in parts]).sum(0) / divisor**2,
+        torch.stack([part.gradient_squares for part in parts]).sum() / divisor**2,
+        torch.stack([part.activation_attribution for part in parts]).sum(0) / divisor,
+    )
