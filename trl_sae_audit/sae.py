@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from sae_lens import SAE
-from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens import SAE, TopKSAE, TrainingSAE
+from sae_lens.loading import pretrained_sae_loaders
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.saes.transcoder import Transcoder
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .dictionary import FeatureDictionary
@@ -62,7 +66,8 @@ def load_dictionary(
     """An SAE as a dictionary, wherever it comes from.
 
     Args:
-        source: a sae-lens release (with `sae_id`), a directory saved by sae-lens, or an SAE object.
+        source: a sae-lens release (with `sae_id`), a directory saved by sae-lens, or an SAE object; of one that
+            is still being trained, the inference form at this moment is taken.
         sae_id: which SAE of the release.
         hook_point: overrides the place recorded in the SAE: a module path such as `model.layers.9`.
         name: overrides the name used in logs and records.
@@ -73,7 +78,9 @@ def load_dictionary(
             that is missing, damaged or of an unknown architecture, a transcoder, an SAE that does not
             read the residual stream or whose input normalisation is unknown.
     """
-    if isinstance(source, SAE):
+    if isinstance(source, TrainingSAE):
+        sae, default_name = _inference_form(source), source.get_name()
+    elif isinstance(source, SAE):
         sae, default_name = source, source.get_name()
     elif sae_id is not None:
         sae, default_name = _load_release(str(source), sae_id, str(device)), f"{source}/{sae_id}"
@@ -85,6 +92,9 @@ def load_dictionary(
 
 def _as_dictionary(sae: SAE[Any], name: str, hook_point: str | None) -> FeatureDictionary:
     _refuse_unsuitable(sae, name)
+    _refuse_not_finite(sae, name)
+    if sae.dtype != torch.float32:
+        sae = copy.deepcopy(sae).to(dtype=torch.float32)
     metadata = sae.cfg.metadata.to_dict()
     hook_point = hook_point or metadata.get("hf_hook_name") or metadata.get("hook_name")
     if not hook_point:
@@ -92,13 +102,30 @@ def _as_dictionary(sae: SAE[Any], name: str, hook_point: str | None) -> FeatureD
             f"SAE {name!r} does not record where it hooks; pass hook_point='model.layers.N' to load_dictionary."
         )
     return FeatureDictionary(
-        sae.W_dec,
+        _decoder(sae),
         hook_point,
         name,
         encoder=SaeLensEncoder(sae),
         model_name=metadata.get("model_name"),
         neuronpedia_id=metadata.get("neuronpedia_id"),
     )
+
+
+def _decoder(sae: SAE[Any]) -> Tensor:
+    """What one unit of each activation adds to the output before run-time normalisation: [d_sae, d_model]."""
+    if isinstance(sae, TopKSAE) and sae.cfg.rescale_acts_by_decoder_norm:
+        return torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    return sae.W_dec
+
+
+def _inference_form(sae: TrainingSAE[Any]) -> SAE[Any]:
+    """The SAE that `save_inference_model` would write: batchtopk, say, becomes jumprelu with its threshold."""
+    frozen = copy.deepcopy(sae)
+    weights = frozen.state_dict()
+    frozen.process_state_dict_for_saving_inference(weights)
+    inference = SAE.from_dict(frozen.cfg.get_inference_sae_cfg_dict())
+    inference.load_state_dict(weights)
+    return inference
 
 
 def _refuse_unsuitable(sae: SAE[Any], name: str) -> None:
@@ -125,16 +152,51 @@ def _refuse_unsuitable(sae: SAE[Any], name: str) -> None:
         )
 
 
+def _refuse_not_finite(sae: SAE[Any], name: str) -> None:
+    """A threshold may be infinite, which switches a feature off; nothing else may."""
+    for part, values in sae.named_parameters():
+        bad = values.isnan() if part == "threshold" else ~values.isfinite()
+        if bool(bad.any()):
+            raise AuditError(
+                f"{part} of SAE {name!r} has values that are not finite; the file is damaged or was saved in a format "
+                "that overflowed: load it again or take another SAE."
+            )
+
+
+@contextmanager
+def _shapes_from_cache() -> Iterator[None]:
+    """Let sae-lens' loaders find tensor shapes in the local cache.
+
+    They ask the hub for the header of the weights over HTTP, also when the weights lie in the cache, so that a
+    downloaded Gemma Scope 2 release could not be loaded offline.
+    """
+    over_http = pretrained_sae_loaders.get_safetensors_tensor_shapes
+
+    def cached_first(repo_id: str, filename: str) -> dict[str, list[int]]:
+        cached = try_to_load_from_cache(repo_id, filename)
+        if not isinstance(cached, str):
+            return over_http(repo_id, filename)
+        with safe_open(cached, framework="pt") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+
+    pretrained_sae_loaders.get_safetensors_tensor_shapes = cached_first
+    try:
+        yield
+    finally:
+        pretrained_sae_loaders.get_safetensors_tensor_shapes = over_http
+
+
 def _load_release(release: str, sae_id: str, device: str) -> SAE[Any]:
     try:
-        return SAE.from_pretrained(release, sae_id, device=device)
+        with _shapes_from_cache():
+            return SAE.from_pretrained(release, sae_id, device=device)
     except LocalEntryNotFoundError as error:
         raise AuditError(
             f"SAE {release}/{sae_id} is not in the local cache and the hub cannot be reached; download it once on a "
             "machine with access, or pass the path of a directory saved by sae-lens."
         ) from error
     except HfHubHTTPError as error:
-        raise AuditError(f"The hub refused SAE {release}/{sae_id}: {error}") from error
+        raise AuditError(f"The hub refused SAE {release}/{sae_id}: {_one_line(error)}") from error
     except OSError as error:
         raise AuditError(
             f"SAE {release}/{sae_id} is not (wholly) in the local cache and the hub cannot be reached "
@@ -142,7 +204,7 @@ def _load_release(release: str, sae_id: str, device: str) -> SAE[Any]:
             "saved by sae-lens."
         ) from error
     except (ValueError, KeyError, SafetensorError) as error:
-        raise AuditError(f"sae-lens cannot load SAE {release}/{sae_id}: {error}") from error
+        raise AuditError(f"sae-lens cannot load SAE {release}/{sae_id}: {_one_line(error)}") from error
 
 
 def _load_directory(path: Path, device: str) -> SAE[Any]:
@@ -162,6 +224,11 @@ def _load_directory(path: Path, device: str) -> SAE[Any]:
     if not isinstance(config, dict):
         raise AuditError(f"{path / _CONFIG} is not a configuration; copy the SAE again.")
     architecture = config.get("architecture", "standard")
+    if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
+        raise AuditError(
+            f"SAE directory {path} is a training checkpoint ({architecture}); save the SAE with "
+            "save_inference_model and give that directory."
+        )
     if architecture not in SAE_CLASS_REGISTRY:
         raise AuditError(
             f"SAE directory {path} is of architecture {architecture!r}, which sae-lens does not know "
@@ -170,4 +237,8 @@ def _load_directory(path: Path, device: str) -> SAE[Any]:
     try:
         return SAE.load_from_disk(path, device=device)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise AuditError(f"SAE directory {path} is damaged or incomplete: {error}") from error
+        raise AuditError(f"SAE directory {path} is damaged or incomplete: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
