@@ -87,7 +87,7 @@ def layer_lists(model: nn.Module) -> dict[str, int]:
     depths = {
         part.config.get_text_config().num_hidden_layers
         for part in model.modules()
-        if isinstance(part, PreTrainedModel) and "num_hidden_layers" in part.config.get_text_config()
+        if isinstance(part, PreTrainedModel) and hasattr(part.config.get_text_config(), "num_hidden_layers")
     }
     return {
         name: len(module)
