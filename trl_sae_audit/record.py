@@ -96,7 +96,7 @@ class RunRecord:
     def features(self, dictionary: str | None = None) -> pd.DataFrame:
         """One row a feature, the largest |attribution| over the run first; q-values are within a dictionary.
 
-        Columns: dictionary, feature, label (of a watched feature, else None), and those of `FeatureTotals.frame`,
+        Columns: dictionary, feature, label (of a watched feature, else empty), and those of `FeatureTotals.frame`,
         whose notes on the standard errors apply.
 
         Args:
@@ -122,7 +122,7 @@ class RunRecord:
         for label, feature in self.manifest.get("watch", {}).get(described["name"], {}).items():
             labels[feature] = f"{labels[feature]}, {label}" if feature in labels else label
         frame.insert(0, "dictionary", described["name"])
-        frame.insert(2, "label", pd.Series([labels.get(f) for f in frame["feature"]], dtype=object))
+        frame.insert(2, "label", [labels.get(feature, "") for feature in frame["feature"]])
         return frame
 
     def _described(self, name: str | None) -> dict[str, Any]:
