@@ -40,20 +40,18 @@ def lift(share: Tensor, d_model: int) -> Tensor:
     return share * d_model
 
 
-def variance_of_sum(squares: Tensor, total: Tensor, count: Tensor) -> Tensor:
-    """Squared standard error of a sum of `count` independent contributions: n/(n-1)·(Σc² − (Σc)²/n).
+def variance_of_sum(squared_deviations: Tensor, count: Tensor) -> Tensor:
+    """Squared standard error of a sum of `count` independent contributions: n/(n-1)·Σ(c − c̄)².
 
     Args:
-        squares: Σ c² [n, d_sae]
-        total: Σ c [n, d_sae]
+        squared_deviations: Σ(c − c̄)² [n, d_sae]; centred before squaring, for Σc² − (Σc)²/n cancels.
         count: number of contributions [n]
 
     Returns:
         [n, d_sae]; NaN where there are fewer than two contributions.
     """
-    n = count.to(total)[:, None]
-    spread = (squares - total.square() / n).clamp(min=0)
-    return torch.where(n > 1, spread * n / (n - 1), torch.nan)
+    n = count.to(squared_deviations)[:, None]
+    return torch.where(n > 1, squared_deviations * n / (n - 1), torch.nan)
 
 
 def coverage(gradient: Tensor, directions: Tensor) -> Tensor:

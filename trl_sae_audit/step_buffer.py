@@ -130,13 +130,21 @@ def score_steps(steps: list[StepSums], dictionary: FeatureDictionary, reduce: Re
     packed = reduce(packed.to(dictionary.device, torch.float32))
     sums, counts = packed[:, : 3 * d_model].reshape(-1, 3, d_model), packed[:, 3 * d_model :]
     projected = attribution(sums.reshape(-1, d_model), dictionary).reshape(len(steps), 3, -1)
-    squares = reduce(torch.stack([_sum_of_squares(step.examples, dictionary) for step in steps]))
+    means = sums[:, 0] / counts[:, :1]
+    deviations = reduce(
+        torch.stack(
+            [
+                _sum_of_squares(step.examples.to(mean) - mean, dictionary)
+                for step, mean in zip(steps, means, strict=True)
+            ]
+        )
+    )
     scores = StepScores(
         gradient=sums[:, 0],
         attribution=projected[:, 0],
         positive=projected[:, 1],
         negative=projected[:, 2],
-        variance=variance_of_sum(squares, projected[:, 0], counts[:, 0]),
+        variance=variance_of_sum(deviations, counts[:, 0]),
         counts=counts,
     )
     tokens = [step.tokens for step in steps if step.tokens is not None]
@@ -150,13 +158,12 @@ def score_steps(steps: list[StepSums], dictionary: FeatureDictionary, reduce: Re
     return scores
 
 
-def _sum_of_squares(examples: Tensor, dictionary: FeatureDictionary) -> Tensor:
-    """Σ_i ⟨G_i, d_f⟩² [d_sae] without an [examples, d_sae] matrix larger than a chunk."""
-    examples = examples.to(dictionary.directions)
+def _sum_of_squares(vectors: Tensor, dictionary: FeatureDictionary) -> Tensor:
+    """Σ_i ⟨v_i, d_f⟩² [d_sae] without an [n, d_sae] matrix larger than a chunk."""
     return torch.cat(
         [
-            (examples @ dictionary.directions[part].T).square().sum(0)
-            for part in dictionary.chunks(len(examples))
+            (vectors @ dictionary.directions[part].T).square().sum(0)
+            for part in dictionary.chunks(len(vectors))
         ]
     )
 
