@@ -1,0 +1,50 @@
+# make demo   an audited training run to look at
+# make test   every check, with the newest TRL and with the last one that has PPO
+# Both set up what they need, in .venv and .venv-ppo; PYTHON=python3.12 chooses another Python.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PINS := pyproject.toml constraints-base.txt
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-newest test-ppo lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed
+	.venv/bin/trl-sae-audit demo
+
+test: lint test-newest test-ppo
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test-newest: .venv/.installed-dev
+	.venv/bin/python -m pytest -n $(WORKERS)
+
+test-ppo: .venv-ppo/.installed-dev
+	.venv-ppo/bin/python -m pytest -n $(WORKERS)
+
+# torch comes first and pinned: left to the other requirements, pip may fetch a second, larger build of it.
+
+.venv/.installed: $(PINS) constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet torch --constraint constraints.txt
+	.venv/bin/pip install --quiet --editable . --constraint constraints.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+.venv-ppo/.installed-dev: $(PINS) constraints-ppo.txt
+	$(PYTHON) -m venv .venv-ppo
+	.venv-ppo/bin/pip install --quiet torch --constraint constraints-ppo.txt
+	.venv-ppo/bin/pip install --quiet --editable '.[dev,ppo]' --constraint constraints-ppo.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-ppo runs

