@@ -1,0 +1,1 @@
+"""The commands of `trl-sae-audit`, one module each."""

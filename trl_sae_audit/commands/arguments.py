@@ -1,0 +1,128 @@
+"""What the commands share: parsing options with `TrlParser`, loading a model and its tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from ..errors import AuditError
+from ..texts import read_texts
+
+
+@dataclass
+class ModelArguments:
+    """The model to look at."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Directory of a Hugging Face model, or its name on the Hub."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the model's weights."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, cuda:1 …; default a GPU if there is one."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model. Only for models you trust."}
+    )
+
+
+@dataclass
+class TextArguments:
+    """The texts to look at it with."""
+
+    texts: str = field(
+        metadata={
+            "help": "A file .jsonl, .json, .parquet or .txt, a directory saved by datasets, or the name of a data set "
+            "on the Hub. Preference data (prompt, chosen, rejected) and conversations are understood."
+        }
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns that hold text; each gives texts of its own, save prompt, which goes before each of the "
+            "others. Default: TRL's usual names."
+        },
+    )
+    split: str = field(default="train", metadata={"help": "Split of a data set that has several."})
+    prompt_separator: str = field(
+        default="", metadata={"help": "What to put between a prompt and an answer that are plain strings."}
+    )
+    max_texts: int | None = field(default=None, metadata={"help": "Use at most that many texts, the first."})
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        return read_texts(
+            self.texts,
+            tokenizer,
+            columns=self.columns,
+            split=self.split,
+            prompt_separator=self.prompt_separator,
+            limit=self.max_texts,
+        )
+
+
+def parse(
+    command: str, description: str, dataclasses: Sequence[type], argv: Sequence[str]
+) -> tuple[Any, ...]:
+    """Options of a command as instances of `dataclasses`, from the command line and `--config FILE.yaml`.
+
+    Raises:
+        AuditError: if the file cannot be read, or has an option the command does not know.
+    """
+    parser = TrlParser(
+        dataclasses,
+        prog=f"trl-sae-audit {command}",
+        description=description,
+        formatter_class=_DefaultsWhereThereAreAny,
+    )
+    # TrlParser takes --config out of the arguments before argparse sees it; this makes the help show it
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Take options from this file; those on the command line win.",
+        default=argparse.SUPPRESS,
+    )
+    if "--config" in argv and list(argv).index("--config") == len(argv) - 1:
+        parser.error("argument --config: expected a file")
+    try:
+        return parser.parse_args_and_config(list(argv))[: len(dataclasses)]
+    except OSError as error:
+        raise AuditError(f"the file of --config cannot be read: {error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AuditError(
+            f"the file of --config is not valid YAML: {' '.join(str(error).split())}."
+        ) from error
+    except AuditError:
+        raise
+    except ValueError as error:
+        raise AuditError(" ".join(str(error).split())) from error
+
+
+class _DefaultsWhereThereAreAny(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready for forward passes, and its tokenizer.
+
+    Raises:
+        AuditError: if either cannot be loaded.
+    """
+    name = arguments.model_name_or_path
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, arguments.dtype), trust_remote_code=arguments.trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise AuditError(f"the model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,47 @@
+"""`trl-sae-audit train-sae`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..train_sae import TrainedDictionary, TrainSAEConfig, train_dictionary
+from .arguments import ModelArguments, TextArguments, load_model, parse
+
+DESCRIPTION = (
+    "Train a sparse autoencoder on the residual stream of a model on given texts, save it in sae-lens' format, and "
+    "check it on texts held out. Ends with an error if the SAE is dead, and keeps it in OUTPUT_DIR.failed then. "
+    "Example: trl-sae-audit train-sae --model_name_or_path ./model --texts pairs.jsonl --hook_point model.layers.9 "
+    "--output_dir ./sae"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    model_arguments, text_arguments, config = parse(
+        "train-sae", DESCRIPTION, (ModelArguments, TextArguments, TrainSAEConfig), argv
+    )
+    started = time.monotonic()
+    model, tokenizer = load_model(model_arguments)
+    texts = text_arguments.read(tokenizer)
+    trained = train_dictionary(model, tokenizer, texts, config, dataset=text_arguments.texts)
+    Console().print(summary(trained, time.monotonic() - started))
+    return 0
+
+
+def summary(trained: TrainedDictionary, seconds: float) -> Table:
+    """The figures of a trained dictionary, with what they mean."""
+    table = Table(title=f"Dictionary saved in {trained.path}", title_justify="left", show_header=False)
+    distinct = "" if trained.distinct_tokens is None else f", {trained.distinct_tokens:,} of them different"
+    for row in (
+        ("features", f"{trained.d_sae:,} at {trained.hook_point}"),
+        ("trained on", f"{trained.training_tokens:,} tokens{distinct}; {seconds:.0f} s in all"),
+        ("checked on", f"{trained.held_out_tokens:,} held-out tokens"),
+        ("FVU", f"{trained.fvu:.3f}  fraction of variance unexplained: 0 perfect, 1 useless"),
+        ("L0", f"{trained.l0:.1f}  active features a token"),
+        ("dead", f"{trained.dead:.1%}  of the features active on no held-out token"),
+    ):
+        table.add_row(*row)
+    return table
