@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_texts(
             prompt/completion, chosen/rejected, prompt.
         split: which split, of a data set that has several.
         prompt_separator: what stands between prompt and answer where both are plain strings; TRL puts nothing.
-        limit: stop after that many texts.
+        limit: choose that many of them at random, the same ones every time.
 
     Raises:
         AuditError: if the source is missing, unreadable or empty, has none of the columns, or is a
@@ -53,11 +54,12 @@ def read_texts(
         for text in _texts_of(row, columns, tokenizer, prompt_separator, source):
             if text.strip():
                 texts[text] = None
-            if limit is not None and len(texts) >= limit:
-                return list(texts)
     if not texts:
         raise AuditError(f"{source} has no text in it; give another file or other columns.")
-    return list(texts)
+    found = list(texts)
+    if limit is None or limit >= len(found):
+        return found
+    return [found[index] for index in sorted(random.Random(0).sample(range(len(found)), limit))]
 
 
 def _rows(source: str | Path, split: str) -> Iterator[dict[str, Any]]:

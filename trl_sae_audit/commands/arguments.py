@@ -55,7 +55,9 @@ class TextArguments:
     prompt_separator: str = field(
         default="", metadata={"help": "What to put between a prompt and an answer that are plain strings."}
     )
-    max_texts: int | None = field(default=None, metadata={"help": "Use at most that many texts, the first."})
+    max_texts: int | None = field(
+        default=None, metadata={"help": "Use at most that many texts, chosen at random."}
+    )
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return read_texts(
