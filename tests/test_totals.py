@@ -117,7 +117,7 @@ def test_nonfinite_steps_are_counted_and_left_out():
     rows["attribution"][3, 2] = np.inf
     totals = accumulate(rows, [5])
     assert (totals.steps, totals.nonfinite_steps, totals.finite_steps) == (5, 2, 3)
-    assert np.isfinite(totals.frame(8)[["attribution", "trend", "share"]].to_numpy()).all()
+    assert np.isfinite(totals.frame(8)[["attribution", "trend", "share", "trend_tau"]].to_numpy()).all()
     means = totals.curriculum.frame()
     assert np.isnan(means.to_numpy()).all(axis=1).tolist() == [False, True, False, True, False]
 
