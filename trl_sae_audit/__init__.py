@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .audit import Audit, audit_preferences
     from .callback import FeatureAttributionCallback
     from .dictionary import FeatureDictionary
     from .errors import AuditError
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "audit",
     "AuditError": "errors",
     "FeatureAttributionCallback": "callback",
     "FeatureDictionary": "dictionary",
     "RunRecord": "record",
+    "audit_preferences": "audit",
     "load_dictionary": "sae",
 }
 
 __all__ = [
+    "Audit",
     "AuditError",
     "FeatureAttributionCallback",
     "FeatureDictionary",
     "RunRecord",
     "__version__",
+    "audit_preferences",
     "load_dictionary",
 ]
 

@@ -1,0 +1,279 @@
+"""Statistics of every feature over the examples of an audit, in one reading of its parts.
+
+An example's contribution to feature f is `c_if = -⟨G_i, d_f⟩`: linear in `G_i`. So whatever is a weighted sum over
+examples (totals, flipped totals, half totals, products with length) is summed over gradients first, [d_model] numbers
+each, and projected onto the features once. Memory does not depend on the number of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from .audit_store import Part
+from .statistics import benjamini_hochberg, standard_error_of_sum, two_sided_normal_p
+
+RADEMACHER = 3.178
+"""`P(|Σ s_i c_i| ≥ x) ≤ 3.178 · P(|N(0, Σc²)| ≥ x)` for random signs s, whatever c: the smallest such constant is
+`1 / (4·P(N ≥ √2))` (Bentkus & Dzindzalieta 2015, Bernoulli 21:1231)."""
+
+_COLUMNS = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to draw.
+
+    Attributes:
+        n_flips: random sign flips; all of them are enumerated where there are no more.
+        n_halves: random splits for the split-half agreement.
+        seed: of both.
+    """
+
+    n_flips: int = 9999
+    n_halves: int = 200
+    seed: int = 0
+
+
+class FeatureStatistics:
+    """Running sums over the parts of an audit.
+
+    Args:
+        directions: unit rows [d_sae, d_model], float32.
+        n_examples: in the whole audit.
+        settings: see `Settings`.
+    """
+
+    def __init__(self, directions: torch.Tensor, n_examples: int, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.directions = directions
+        self.n = n_examples
+        d_sae, d_model = directions.shape
+        self._signs = _FlipSigns(n_examples, self.settings)
+        self._sums = {name: np.zeros(d_model) for name in ("all", "positive", "negative", "times_length")}
+        self._flipped = torch.zeros(len(self._signs), d_model, dtype=torch.float64)
+        self._halved = torch.zeros(self.settings.n_halves, d_model, dtype=torch.float64)
+        self._halves = _halves(n_examples, self.settings)
+        self._squares, self._sizes = np.zeros(d_sae), np.zeros(d_sae)
+        self._length, self._length_squared = 0.0, 0.0
+        self._seen = 0
+        self._activity = _Activity(d_sae)
+
+    def add(self, part: Part) -> None:
+        """Count the examples of a part, in the order of the audit."""
+        arrays = part.arrays
+        if not len(part.row):
+            return
+        gradient = arrays.gradient.astype(np.float64)
+        example = gradient.sum(1)
+        which = slice(self._seen, self._seen + len(part.row))
+        self._seen = which.stop
+        length = length_contrast(arrays.length)
+        self._sums["all"] += example.sum(0)
+        self._sums["positive"] += gradient[arrays.side > 0].sum(0)
+        self._sums["negative"] += gradient[arrays.side < 0].sum(0)
+        self._sums["times_length"] += length @ example
+        self._length += length.sum()
+        self._length_squared += (length**2).sum()
+        rows = torch.from_numpy(example.astype(np.float32))
+        self._flipped += (self._signs.of(which) @ rows).double()
+        self._halved += (torch.from_numpy(self._halves[:, which].astype(np.float32)) @ rows).double()
+        for columns in self._chunks():
+            contribution = (rows @ self.directions[columns].T).double().numpy()
+            self._squares[columns] += (contribution**2).sum(0)
+            self._sizes[columns] += np.abs(contribution).sum(0)
+        self._activity.add(part)
+
+    def frame(self) -> pd.DataFrame:
+        """One row a feature, in the order of the dictionary; `Audit.features` says what the columns are."""
+        n = self.n
+        total = self._project(self._sums["all"])
+        norm = float(np.linalg.norm(self._sums["all"]))
+        cosine = total / norm if norm > 0 else np.zeros_like(total)
+        p_value = self._sign_flip_p(total)
+        table = {
+            "feature": np.arange(len(total)),
+            "attribution": total / n,
+            "positive": self._project(self._sums["positive"]) / n,
+            "negative": self._project(self._sums["negative"]) / n,
+            "standard_error": standard_error_of_sum(total, self._squares, n) / n,
+            "p_value": p_value,
+            "q_value": benjamini_hochberg(p_value),
+            "cosine": cosine,
+            "share": cosine**2,
+            "lift": cosine**2 * self.directions.shape[1],
+            "effective_examples": _ratio(self._sizes**2, self._squares),
+            "split_half_agreement": self._split_half_agreement(total),
+        }
+        return pd.DataFrame(table | self._length_columns(total) | self._activity.columns(n))
+
+    def _project(self, gradient: np.ndarray) -> np.ndarray:
+        return -(self.directions.double() @ torch.from_numpy(gradient)).numpy()
+
+    def _chunks(self) -> Iterable[slice]:
+        d_sae = len(self.directions)
+        return (slice(start, min(start + _COLUMNS, d_sae)) for start in range(0, d_sae, _COLUMNS))
+
+    def _reached(self, drawn: torch.Tensor, threshold: np.ndarray) -> np.ndarray:
+        """How many of the drawn sums are at least `threshold` in size, by feature."""
+        counts = np.zeros(len(threshold))
+        drawn = drawn.float()
+        for columns in self._chunks():
+            size = (drawn @ self.directions[columns].T).abs()
+            counts[columns] = (size >= torch.from_numpy(threshold[columns]).float()).sum(0).numpy()
+        return counts
+
+    def _sign_flip_p(self, total: np.ndarray) -> np.ndarray:
+        deviation = np.sqrt(self._squares)
+        reached = self._reached(self._flipped, np.abs(total) - 1e-5 * deviation)
+        if self._signs.exact:
+            return reached / len(self._signs)
+        drawn = (1 + reached) / (1 + len(self._signs))
+        return np.minimum(drawn, RADEMACHER * two_sided_normal_p(_ratio(total, deviation)))
+
+    def _split_half_agreement(self, total: np.ndarray) -> np.ndarray:
+        if self.n < 2:
+            return np.full(len(total), np.nan)
+        return 1 - self._reached(self._halved, np.abs(total)) / len(self._halved)
+
+    def _length_columns(self, total: np.ndarray) -> dict[str, np.ndarray]:
+        n, product = self.n, self._project(self._sums["times_length"])
+        spread = self._length_squared - self._length**2 / n
+        mean_length = self._length / n
+        covariance = product - total * mean_length
+        variance = np.maximum(self._squares - total**2 / n, 0)
+        if n < 3 or spread <= 1e-9 * max(self._length_squared, 1e-30):
+            unknown = np.full(len(total), np.nan)
+            names = ("length_correlation", "attribution_at_equal_length", "length_p_value", "length_q_value")
+            return dict.fromkeys(names, unknown)
+        slope = covariance / spread
+        intercept = (total - slope * self._length) / n
+        residual = np.maximum(variance - slope * covariance, 0) / (n - 2)
+        error = np.sqrt(residual * (1 / n + mean_length**2 / spread))
+        p_value = 2 * stats.t.sf(np.abs(_ratio(intercept, error)), n - 2)
+        return {
+            "length_correlation": _ratio(covariance, np.sqrt(variance * spread)),
+            "attribution_at_equal_length": intercept,
+            "length_p_value": p_value,
+            "length_q_value": benjamini_hochberg(p_value),
+        }
+
+
+def feature_statistics(
+    parts: Callable[[], Iterable[Part]],
+    directions: torch.Tensor,
+    n_examples: int,
+    settings: Settings | None = None,
+) -> pd.DataFrame:
+    """The table of an audit's features."""
+    statistics = FeatureStatistics(directions, n_examples, settings)
+    for part in parts():
+        statistics.add(part)
+    return statistics.frame()
+
+
+def length_contrast(length: np.ndarray) -> np.ndarray:
+    """First answer's tokens less the second's, [n]; the only answer's tokens where there is one."""
+    length = length.astype(np.float64)
+    return length[:, 0] - length[:, 1] if length.shape[1] == 2 else length[:, 0]
+
+
+class _FlipSigns:
+    """The signs [flips, n] of all examples, made part by part; the same for any cut into parts."""
+
+    def __init__(self, n: int, settings: Settings) -> None:
+        self.exact = n <= 30 and 2 ** (n - 1) <= settings.n_flips
+        self._count = 2 ** (n - 1) if self.exact else settings.n_flips
+        self._seed = settings.seed
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, examples: slice) -> torch.Tensor:
+        """[flips, len(examples)] float32 of ±1."""
+        numbers = range(examples.start, examples.stop)
+        if self.exact:
+            columns = [
+                np.arange(self._count) >> (number - 1) & 1 if number else 0 * np.arange(self._count)
+                for number in numbers
+            ]
+        else:
+            columns = [_bits(self._seed, number, self._count) for number in numbers]
+        return torch.from_numpy(1 - 2 * np.stack(columns, axis=1).astype(np.float32))
+
+
+def _bits(seed: int, number: int, count: int) -> np.ndarray:
+    words = np.random.default_rng([seed, number]).bytes(-(-count // 8))
+    return np.unpackbits(np.frombuffer(words, np.uint8), count=count)
+
+
+def _halves(n: int, settings: Settings) -> np.ndarray:
+    """Balanced signs [splits, n] int8: +1 in one half and -1 in the other, 0 for one example where n is odd."""
+    signs = np.zeros(n, np.int8)
+    signs[: n // 2], signs[n - n // 2 :] = 1, -1
+    rng = np.random.default_rng([settings.seed, n, 1])
+    return rng.permuted(np.tile(signs, (settings.n_halves, 1)), axis=1)
+
+
+class _Activity:
+    """How features are active on the two sides."""
+
+    def __init__(self, d_sae: int) -> None:
+        self._d_sae = d_sae
+        self._sides = np.zeros(2)
+        self._active, self._mean, self._extreme = (np.zeros((2, d_sae)) for _ in range(3))
+        self._effect, self._examples, self._discordant = (np.zeros(d_sae) for _ in range(3))
+        self._any = False
+
+    def add(self, part: Part) -> None:
+        arrays = part.arrays
+        per_example = arrays.side.shape[1]
+        owner = np.repeat(np.arange(arrays.side.size), np.diff(arrays.indptr))
+        self._any |= len(owner) > 0
+        side = arrays.side.reshape(-1)
+        answer_active = np.zeros((arrays.side.size, self._d_sae), bool)
+        answer_active[owner, arrays.feature] = arrays.extreme != 0
+        for index, sign in enumerate((1, -1)):
+            of_side = side[owner] == sign
+            feature = arrays.feature[of_side]
+            self._sides[index] += (side == sign).sum()
+            self._active[index] += answer_active[side == sign].sum(0)
+            self._mean[index] += np.bincount(feature, arrays.mean[of_side], self._d_sae)
+            self._extreme[index] += np.bincount(feature, arrays.extreme[of_side], self._d_sae)
+        self._effect += np.bincount(arrays.feature, arrays.effect, self._d_sae)
+        grouped = answer_active.reshape(-1, per_example, self._d_sae)
+        self._examples += grouped.any(1).sum(0)
+        if per_example == 2:
+            self._discordant += (grouped[:, 0] != grouped[:, 1]).sum(0)
+
+    def columns(self, n: int) -> dict[str, np.ndarray]:
+        if not self._any:
+            return {}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            active, mean, extreme = (
+                table / self._sides[:, None] for table in (self._active, self._mean, self._extreme)
+            )
+        columns = {
+            "activation_attribution": self._effect / n,
+            "positive_active": active[0],
+            "negative_active": active[1],
+            "disparity": active[0] - active[1],
+            "mean_activation_difference": mean[0] - mean[1],
+            "max_activation_difference": extreme[0] - extreme[1],
+            "active_examples": self._examples.astype(np.int64),
+        }
+        if self._discordant.any():
+            difference = self._active[0] - self._active[1]
+            columns["disparity_p_value"] = two_sided_normal_p(_ratio(difference, np.sqrt(self._discordant)))
+        return columns
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """`above / below`, 0 where `below` is 0."""
+    return np.divide(above, below, out=np.zeros_like(above, dtype=np.float64), where=below > 0)

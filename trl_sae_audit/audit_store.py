@@ -1,0 +1,248 @@
+"""An audit on disk: a manifest, the dictionary's directions, and one file for every few hundred rows of the data.
+
+A part is whole or absent, so an interrupted audit is continued by leaving out the parts that are there. Nothing
+grows with the data but the number of parts. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from .audit_pass import ExampleArrays
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+from .record_files import sync_directory, write_durably
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_DIRECTIONS = "directions.safetensors"
+_PARTS = "parts"
+_ARRAYS = tuple(field.name for field in fields(ExampleArrays))
+
+
+@dataclass
+class Part:
+    """Consecutive rows of the data.
+
+    Attributes:
+        row: number in the data of each example [n], ascending.
+        digest: SHA-256 of what TRL reads of every row, set aside or not [rows, 32] uint8.
+        set_aside: (row, reason) of the rows that are no examples.
+        arrays: of the n examples.
+        notes: counts worth a warning, such as {"truncated": 3}.
+    """
+
+    row: np.ndarray
+    digest: np.ndarray
+    set_aside: list[tuple[int, str]]
+    arrays: ExampleArrays
+    notes: dict[str, int]
+
+
+class AuditStore:
+    """The directory of one audit.
+
+    Raises:
+        AuditError: a directory that holds something else, an audit of an unknown schema version, or a damaged one.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, directory: Path, header: Mapping[str, Any], dictionary: FeatureDictionary) -> AuditStore:
+        """A new audit, or the one in `directory` if it was begun with the same header and not finished."""
+        if (directory / MANIFEST).is_file():
+            return cls._continued(directory, header)
+        if directory.exists() and any(path.name != _PARTS for path in _visible(directory)):
+            raise AuditError(f"{directory} is not empty and holds no audit; choose a new or empty directory.")
+        (directory / _PARTS).mkdir(parents=True, exist_ok=True)
+        weights = {
+            "directions": dictionary.directions.cpu().numpy(),
+            "norms": dictionary.norms.cpu().numpy(),
+        }
+        _write(directory / _DIRECTIONS, safetensors_bytes(weights))
+        store = cls(directory, {"schema": SCHEMA, "status": "running", **header})
+        store._write_manifest()
+        return store
+
+    @classmethod
+    def _continued(cls, directory: Path, header: Mapping[str, Any]) -> AuditStore:
+        store = cls.open(directory)
+        for name, value in header.items():
+            if name != "versions" and store.manifest.get(name) != _as_json(value):
+                raise AuditError(
+                    f"{directory} holds an audit made with another {name.replace('_', ' ')}; choose another output_dir "
+                    "to keep both, or delete it."
+                )
+        return store
+
+    @classmethod
+    def open(cls, directory: Path) -> AuditStore:
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise AuditError(f"{directory} holds no audit: it has no {MANIFEST}.")
+        try:
+            manifest = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise AuditError(
+                f"{path} is damaged ({error}); restore it from a copy or audit again."
+            ) from error
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+            found = manifest.get("schema") if isinstance(manifest, dict) else None
+            raise AuditError(
+                f"The audit in {directory} has schema version {found}, and this version of trl-sae-audit reads {SCHEMA}; "
+                "read it with the version that wrote it."
+            )
+        return cls(directory, manifest)
+
+    @property
+    def finished(self) -> bool:
+        return self.manifest["status"] == "finished"
+
+    def existing_parts(self) -> set[int]:
+        """Numbers of the parts on disk."""
+        return {int(path.stem) for path in (self.directory / _PARTS).glob("[0-9]*.safetensors")}
+
+    def write_part(self, number: int, part: Part) -> None:
+        arrays = {name: np.ascontiguousarray(getattr(part.arrays, name)) for name in _ARRAYS}
+        arrays |= {"row": part.row.astype(np.int64), "digest": part.digest}
+        metadata = {"set_aside": json.dumps(part.set_aside), "notes": json.dumps(part.notes)}
+        _write(self._path(number), safetensors_bytes(arrays, metadata))
+
+    def read_part(self, number: int) -> Part:
+        arrays, metadata = self._read(number, (*_ARRAYS, "row", "digest"))
+        return Part(
+            row=arrays["row"],
+            digest=arrays["digest"],
+            set_aside=[(row, reason) for row, reason in json.loads(metadata["set_aside"])],
+            arrays=ExampleArrays(**{name: arrays[name] for name in _ARRAYS}),
+            notes=json.loads(metadata["notes"]),
+        )
+
+    def digests(self, number: int) -> np.ndarray:
+        """Of every row of a part, without reading the rest."""
+        return self._read(number, ("digest",))[0]["digest"]
+
+    def parts(self) -> Iterator[Part]:
+        """Every part of a finished audit, in order; one at a time in memory."""
+        for number in range(self.manifest["parts"]):
+            yield self.read_part(number)
+
+    def all_digests(self) -> np.ndarray:
+        """[rows, 32] uint8."""
+        parts = [self.digests(number) for number in range(self.manifest["parts"])]
+        return np.concatenate(parts) if parts else np.zeros((0, 32), np.uint8)
+
+    def dictionary(self) -> FeatureDictionary:
+        """Directions and hook point; no encoder, and each direction of the norm it had."""
+        info = self.manifest["dictionary"]
+        weights = _load(self.directory / _DIRECTIONS, ("directions", "norms"))[0]
+        found = FeatureDictionary(
+            torch.from_numpy(weights["directions"]),
+            info["hook_point"],
+            info["name"],
+            model_name=info["model_name"],
+            neuronpedia_id=info["neuronpedia_id"],
+        )
+        found.norms = torch.from_numpy(weights["norms"])
+        found.identity = info["identity"]
+        return found
+
+    def finish(self, parts: int) -> None:
+        """All parts are there: count, hash, and say so.
+
+        Raises:
+            AuditError: a part is missing, or the data had no examples.
+        """
+        missing = set(range(parts)) - self.existing_parts()
+        if missing:
+            raise AuditError(f"{self.directory} lacks part {min(missing)}; run the audit again to make it.")
+        self.manifest["parts"] = parts
+        digest, examples = hashlib.sha256(), 0
+        notes: dict[str, int] = {}
+        set_aside: list[tuple[int, str]] = []
+        for part in self.parts():
+            digest.update(part.digest.tobytes())
+            examples += len(part.row)
+            set_aside += part.set_aside
+            for name, count in part.notes.items():
+                notes[name] = notes.get(name, 0) + count
+        seen = self.all_digests()
+        notes["duplicates"] = len(seen) - len(np.unique(seen.view("V32")))
+        if examples == 0:
+            raise AuditError(
+                f"No example is left to audit: {len(set_aside)} rows were set aside, the first because it "
+                f"{set_aside[0][1]}."
+                if set_aside
+                else "The dataset is empty; give at least one pair."
+            )
+        self.manifest |= {
+            "status": "finished",
+            "rows": len(seen),
+            "examples": examples,
+            "dataset_sha256": digest.hexdigest(),
+            "set_aside": set_aside,
+            "notes": notes,
+        }
+        self._write_manifest()
+
+    def write_table(self, name: str, content: bytes) -> None:
+        """A file beside the parts, such as a cached table of features."""
+        _write(self.directory / name, content)
+
+    def _write_manifest(self) -> None:
+        _write(self.directory / MANIFEST, json.dumps(self.manifest, indent=2, default=str).encode())
+
+    def _path(self, number: int) -> Path:
+        return self.directory / _PARTS / f"{number:06d}.safetensors"
+
+    def _read(self, number: int, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        return _load(self._path(number), names)
+
+
+def dictionary_header(dictionary: FeatureDictionary) -> dict[str, Any]:
+    """What a manifest keeps of a dictionary."""
+    return asdict(dictionary.info)
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _visible(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if not path.name.startswith(".")]
+
+
+def _load(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise AuditError(
+            f"{path} of the audit cannot be read ({error}); restore it from a copy, or delete it and audit again with "
+            "the same output_dir."
+        ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_durably(path, content)
+        sync_directory(path.parent)
+    except OSError as error:
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        raise AuditError(
+            f"{path} could not be written ({error.strerror}); make room or choose another directory, and run the audit "
+            "again: it goes on from where it stopped."
+        ) from error

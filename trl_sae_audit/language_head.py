@@ -1,0 +1,112 @@
+"""Log-probabilities of given tokens, and their slopes, without the logits of a whole batch in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .errors import AuditError
+
+_CHUNK_BYTES = 256 * 2**20
+
+
+class LanguageHead:
+    """What a causal language model does to its decoder's last hidden state.
+
+    The model's own `forward` is run with its decoder short-circuited, so that soft-capping, scaling and whatever
+    else it does between hidden state and logits is the model's code and not a copy of it.
+
+    Raises:
+        AuditError: if the model has no language-modelling head.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
+        self.decoder = decoder
+        self.causal = causal_model(model)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d_model] → [n, vocabulary], float32 or wider."""
+        with _returning(self.decoder, hidden[None]):
+            tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits = self.causal(input_ids=tokens, use_cache=False).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log π(target | hidden) of [n, d_model] and [n] → [n]; differentiable, all logits at once."""
+        return -F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log π(target | hidden) of [n, d_model] and [n] → [n]; in chunks, without a graph."""
+        parts = [self.log_probs(some, target) for some, target in self._chunks(hidden, targets)]
+        return torch.cat(parts) if parts else _no_scores(hidden)
+
+    def slopes(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `score`, with its derivative by `hidden` [n, d_model]; in chunks.
+
+        A token's log-probability depends on its own hidden state only, so the derivative is known before anyone
+        asks for it, and no logits need be kept for a backward pass.
+        """
+        values, derivatives = [], []
+        for some, target in self._chunks(hidden, targets):
+            leaf = some.detach().requires_grad_(True)
+            with torch.enable_grad():
+                value = self.log_probs(leaf, target)
+                (derivative,) = torch.autograd.grad(value.sum(), leaf)
+            values.append(value.detach())
+            derivatives.append(derivative)
+        if not values:
+            return _no_scores(hidden), torch.zeros_like(hidden)
+        return torch.cat(values), torch.cat(derivatives)
+
+    def _chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        width = max(1, _CHUNK_BYTES // (4 * self._vocabulary()))
+        for start in range(0, len(hidden), width):
+            yield hidden[start : start + width], targets[start : start + width]
+
+    def _vocabulary(self) -> int:
+        return self.causal.get_output_embeddings().weight.shape[0]
+
+
+def _no_scores(hidden: Tensor) -> Tensor:
+    return hidden.new_zeros(0, dtype=torch.float32)
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside `model`, out of PEFT's or another wrapper.
+
+    Raises:
+        AuditError: if there is none.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            return part
+    raise AuditError(
+        f"{type(model).__name__} has no language-modelling head, so its answers have no log-probabilities; load it with "
+        "AutoModelForCausalLM."
+    )
+
+
+@contextmanager
+def _returning(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Let `decoder` return `hidden` as its last hidden state, whatever it is called with."""
+
+    def forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    replaced = vars(decoder).get("forward")
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del decoder.forward
+        else:
+            decoder.forward = replaced
