@@ -34,6 +34,14 @@ ELSEWHERE = "ppo" if Version("1.13") <= TRL else "newest"
 """The mark of the tests that run in the other environment."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for known in (
+        "ignore:The 'utils' module has been deprecated:DeprecationWarning:sae_lens",
+        "ignore:.*is deprecated and will be removed in v6:FutureWarning:transformers",
+    ):
+        config.addinivalue_line("filterwarnings", known)
+
+
 def pytest_report_header() -> str:
     has = "no PPO" if ELSEWHERE == "ppo" else "with PPO"
     return (
