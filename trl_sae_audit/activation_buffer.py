@@ -26,6 +26,7 @@ class ActivationBuffer(Iterator[Tensor]):
         batch_size: rows of a batch.
         file: where the store lies; its size is capacity × d_model × 4 bytes, less if the source is smaller.
         seed: of the shuffling.
+        expected: about how many rows the source has, for the progress bar.
 
     Raises:
         AuditError: if the source has fewer rows than a batch, or a row that is not finite.
@@ -39,6 +40,7 @@ class ActivationBuffer(Iterator[Tensor]):
         batch_size: int,
         file: Path,
         seed: int,
+        expected: int | None = None,
     ) -> None:
         self._source = source
         self._batch_size = batch_size
@@ -48,7 +50,7 @@ class ActivationBuffer(Iterator[Tensor]):
         ).view(capacity, d_model)
         self._stream = source()
         self._rest = torch.empty(0, d_model)
-        self._size = self._fill_first()
+        self._size = self._fill_first(expected)
         self.complete = self._size < capacity
         if self._size < batch_size:
             raise AuditError(
@@ -76,9 +78,10 @@ class ActivationBuffer(Iterator[Tensor]):
         self._order = torch.randperm(self._size, generator=self._generator)
         self._used = 0
 
-    def _fill_first(self) -> int:
+    def _fill_first(self, expected: int | None) -> int:
         filled, capacity = 0, self._store.shape[0]
-        with tqdm(total=capacity, desc="Activations", unit=" tokens") as bar:
+        total = None if expected is None else min(expected, capacity)
+        with tqdm(total=total, desc="Activations", unit=" tokens") as bar:
             while filled < capacity and (rows := self._read(capacity - filled)) is not None:
                 self._store[filled : filled + len(rows)] = rows
                 filled += len(rows)

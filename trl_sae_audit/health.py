@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,17 @@ class HealthTotals:
         self._square += (weight * centred.square().sum(-1)).sum(dtype=wide)
         self._sum += (weight @ centred).to(wide)
         self._firing += (weight @ (activations != 0).to(torch.float32)).to(wide)
+
+
+def health_of(stream: Iterable[Tensor], dictionary: FeatureDictionary, max_tokens: int) -> Health:
+    """Health of `dictionary` on about the first `max_tokens` rows of a stream of hidden states [n, d_model]."""
+    totals, tokens = HealthTotals(dictionary), 0
+    for hidden in stream:
+        totals.update(hidden)
+        tokens += len(hidden)
+        if tokens >= max_tokens:
+            break
+    return totals.result()
 
 
 @torch.no_grad()

@@ -186,9 +186,9 @@ def _join(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase, separato
     for part, role in ((prompt, "user"), (answer, "assistant")):
         if isinstance(part, str):
             messages.append({"role": role, "content": part})
-        elif part is not None:
+        elif isinstance(part, list):
             messages.extend(part)
-    if not all(isinstance(message, dict) and "role" in message for message in messages):
+    if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
         raise AuditError(
             "A column that should hold text holds something else; name the columns with text by --columns."
         )

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .activation_buffer import ActivationBuffer
 from .errors import AuditError
-from .health import Health, HealthTotals
+from .health import Health, health_of
 from .hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
-from .residual_stream import TokenRules, residual_stream
+from .residual_stream import TokenRules, residual_stream, token_windows
 from .sae import load_dictionary
 
 Architecture = Literal["topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "standard", "gated"]
@@ -218,6 +218,7 @@ def train_dictionary(
             batch_size=config.sae_batch_size,
             file=Path(scratch) / "activations.bin",
             seed=config.seed,
+            expected=_estimate_tokens(training, tokenizer, config.context_size),
         )
         sae = _fit(buffer, config, d_sae, model.device)
         distinct = len(buffer.rows) if buffer.complete else None
@@ -261,6 +262,13 @@ def _split(texts: Sequence[str], config: TrainSAEConfig) -> tuple[list[str], lis
     return shuffled[kept_out:], shuffled[:kept_out]
 
 
+def _estimate_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, context_size: int) -> int:
+    """About how many tokens the texts have, from the first of them, which are a random choice."""
+    sample = texts[:200]
+    counted = sum(len(window) for window in token_windows(sample, tokenizer, context_size))
+    return round(counted * len(texts) / len(sample))
+
+
 def _fit(
     buffer: ActivationBuffer, config: TrainSAEConfig, d_sae: int, device: torch.device
 ) -> TrainingSAE[Any]:
@@ -299,10 +307,12 @@ def _architecture_settings(
     if sparsity is None:
         sparsity = _DEFAULT_SPARSITY.get(config.architecture, 0.0)
     warm_up = steps // 4
+    # the threshold that a batch's top k becomes is a running mean, which must forget its start within the run
+    batchtopk = {"k": config.k, "topk_threshold_lr": min(1.0, max(0.01, 20 / steps))}
     own: dict[str, dict[str, Any]] = {
         "topk": {"k": config.k},
-        "batchtopk": {"k": config.k},
-        "matryoshka_batchtopk": {"k": config.k, "matryoshka_widths": _nested_widths(d_sae, config.k)},
+        "batchtopk": batchtopk,
+        "matryoshka_batchtopk": {**batchtopk, "matryoshka_widths": _nested_widths(d_sae, config.k)},
         "jumprelu": {
             "jumprelu_sparsity_loss_mode": "quadratic",
             "target_l0": float(config.k),
@@ -376,15 +386,9 @@ def _examine(
         dictionary = load_dictionary(path, device=model.device)
     except AuditError as error:
         return f"training diverged ({error})", Health(*(float("nan"),) * 3, tokens=0)
-    totals, tokens = HealthTotals(dictionary), 0
-    with tqdm(desc="Held-out tokens", unit=" tokens") as bar:
-        for hidden in residual_stream(model, tokenizer, texts, hook, config.token_rules, config.batch_size):
-            totals.update(hidden)
-            tokens += len(hidden)
-            bar.update(len(hidden))
-            if tokens >= config.held_out_tokens:
-                break
-    health = totals.result()
+    stream = residual_stream(model, tokenizer, texts, hook, config.token_rules, config.batch_size)
+    with tqdm(stream, desc="Checking", unit=" batches") as batches:
+        health = health_of(batches, dictionary, config.held_out_tokens)
     return fault_of(health, config.max_fvu, config.max_dead), health
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..train_sae import TrainedDictionary, TrainSAEConfig, train_dictionary
@@ -33,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
 
 def summary(trained: TrainedDictionary, seconds: float) -> Table:
     """The figures of a trained dictionary, with what they mean."""
-    table = Table(title=f"Dictionary saved in {trained.path}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"Dictionary saved in {escape(str(trained.path))}", title_justify="left", show_header=False
+    )
     distinct = "" if trained.distinct_tokens is None else f", {trained.distinct_tokens:,} of them different"
     for row in (
         ("features", f"{trained.d_sae:,} at {trained.hook_point}"),

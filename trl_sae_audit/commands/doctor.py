@@ -1,0 +1,95 @@
+"""`trl-sae-audit doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..doctor import Diagnosis, diagnose
+from ..residual_stream import TokenRules
+from ..sae import load_dictionary
+from .arguments import ModelArguments, TextArguments, load_model, parse
+
+DESCRIPTION = (
+    "Does this dictionary fit this model? Looks at the hook point, the width, the model it was made for, and at FVU, L0 "
+    "and dead features on given texts, and says which of TRL's trainers will work. Exit code 0: it fits; 1: it does not. "
+    "Example: trl-sae-audit doctor --model_name_or_path ./model --texts pairs.jsonl --sae ./sae"
+)
+_COLOURS = {"good": "green", "doubtful": "yellow", "bad": "red"}
+
+
+@dataclass
+class DoctorArguments:
+    """What to examine."""
+
+    sae: str = field(
+        metadata={"help": "A directory saved by sae-lens, or a sae-lens release (with --sae_id)."}
+    )
+    sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the release."})
+    hook_point: str | None = field(
+        default=None, metadata={"help": "Read here instead of where the SAE says it hooks."}
+    )
+    max_tokens: int = field(
+        default=20_000, metadata={"help": "Use at most about that many tokens of the texts."}
+    )
+    context_size: int = field(
+        default=256, metadata={"help": "Tokens of a window; longer texts are cut into several."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass of the model."})
+    skip_special_tokens: bool = field(
+        default=True, metadata={"help": "Leave BOS, EOS and other special tokens out."}
+    )
+    skip_first_position: bool = field(
+        default=True, metadata={"help": "Leave out the first token of every window."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
+
+    @property
+    def token_rules(self) -> TokenRules:
+        return TokenRules(self.context_size, self.skip_special_tokens, self.skip_first_position)
+
+
+def main(argv: Sequence[str]) -> int:
+    model_arguments, text_arguments, arguments = parse(
+        "doctor", DESCRIPTION, (ModelArguments, TextArguments, DoctorArguments), argv
+    )
+    dictionary = load_dictionary(arguments.sae, arguments.sae_id, hook_point=arguments.hook_point)
+    model, tokenizer = load_model(model_arguments)
+    diagnosis = diagnose(
+        model,
+        tokenizer,
+        text_arguments.read(tokenizer),
+        dictionary,
+        rules=arguments.token_rules,
+        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
+    )
+    if arguments.json:
+        print(json.dumps(diagnosis.to_dict(), indent=2))
+    else:
+        show(diagnosis, Console())
+    return 0 if diagnosis.fits else 1
+
+
+def show(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the findings, the trainers and the verdict."""
+    findings = Table(title=f"Dictionary {escape(diagnosis.dictionary)}", title_justify="left")
+    for column in ("check", "found", "", "remark"):
+        findings.add_column(column)
+    for check in diagnosis.checks:
+        state = f"[{_COLOURS[check.state]}]{check.state}[/]"
+        findings.add_row(check.name, escape(check.found), state, escape(check.remark))
+    console.print(findings)
+    trainers = Table(title=f"Trainers in TRL {diagnosis.trl_version}", title_justify="left")
+    for column in ("trainer", "works", "remark"):
+        trainers.add_column(column)
+    for trainer in diagnosis.trainers:
+        works = "[green]yes[/]" if trainer.works else "[red]no[/]"
+        trainers.add_row(trainer.name, works, escape(trainer.remark))
+    console.print(trainers)
+    console.print(escape(diagnosis.verdict), style="bold" if diagnosis.fits else "bold red")
