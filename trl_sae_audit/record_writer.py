@@ -55,7 +55,7 @@ class RecordWriter:
         """Start the record of a new run in `directory`, which is made if it does not exist.
 
         Args:
-            directory: where; empty or new.
+            directory: where; empty, new, or left by a run that failed before its first step.
             header: what goes into the manifest: trainer, model, arguments, `dictionaries` (each with name,
                 identity, hook_point, d_sae, d_model) and `watch` ({dictionary name: {label: feature}}).
 
@@ -67,7 +67,7 @@ class RecordWriter:
         directory = Path(directory)
         _prepare(directory)
         with _locked(directory) as lock:
-            if (directory / MANIFEST).exists():
+            if (directory / MANIFEST).exists() and not _never_began(directory):
                 raise AuditError(
                     f"{directory} holds the record of another run: choose another output_dir, delete it, or resume "
                     "that run."
@@ -75,6 +75,7 @@ class RecordWriter:
             manifest = Manifest(header={"versions": package_versions(), **checked}, created=now())
             writer = cls(directory, manifest, lock)
             writer._commit({}, None, manifest)
+            writer._delete_unnamed()
         return writer
 
     @classmethod
@@ -397,3 +398,9 @@ def _discard(written: list[Path]) -> None:
             files.temporary(path).unlink(missing_ok=True)
             if path.name != MANIFEST:
                 path.unlink(missing_ok=True)
+
+
+def _never_began(directory: Path) -> bool:
+    """Whether the record is of a run that failed before its first step, and so holds nothing."""
+    manifest = read_manifest(directory)
+    return manifest.status == "failed" and manifest.last_step == 0

@@ -68,11 +68,12 @@ class Session:
         self.global_steps: list[int] = []
         self.finished = False
         self._position = position
+        self._projected_step = 0
+        self._health_step = 0
         self._baselines: dict[str, Tensor] = {}
         self._drift: dict[str, float] = {}
         self._last_write = time.monotonic()
         self._warned_of_missing_gradient = False
-        accelerator = trainer.accelerator
         policy = policy_of(trainer)
         self.layout = LAYOUTS[trainer_kind(trainer)]
         points = [check_dictionary(dictionary, policy) for dictionary in settings.dictionaries]
@@ -80,13 +81,12 @@ class Session:
         self._probe = _as_probe(settings.probe, trainer)
         output_dir = settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
         state = self._load_state(output_dir)
-        totals = state.totals if state else {}
-        self._writer: RecordWriter | None = None
-        if accelerator.is_main_process:
-            self._writer = self._open_record(output_dir, points, watch, state)
         if state:
-            self.step = state.step
+            self.step = self._projected_step = state.step
             self._baselines = state.baselines
+        self._writer: RecordWriter | None = None
+        if trainer.accelerator.is_main_process:
+            self._writer = self._open_record(output_dir, points, watch, state)
         self.channels: list[Channel] = []
         self._seams: Seams | None = None
         try:
@@ -99,10 +99,11 @@ class Session:
                         top_k=settings.top_k,
                         health_tokens=settings.health_tokens,
                         token_scores=settings.token_scores,
-                        totals=totals.get(dictionary.name),
+                        totals=state.totals[dictionary.name] if state else None,
                     )
                 )
-            self._measure_drift()
+            if state is None:
+                self._measure_drift()
             self._seams = Seams(trainer, self)
         except BaseException:
             self.abort()
@@ -186,8 +187,15 @@ class Session:
     def abort(self) -> None:
         """Training ended with an exception. No communication between processes: the others may be gone."""
         self._detach()
-        if self._writer is not None:
-            self._writer.close("failed")
+        if self._writer is None:
+            return
+        try:
+            if self._projected_step:
+                self._writer.close("failed", self._projected_step, self._totals())
+            else:
+                self._writer.close("failed")
+        except AuditError as error:
+            logger.warning("The last steps before the failure are not in the record: %s", error)
 
     # Behind it
 
@@ -229,6 +237,7 @@ class Session:
             tables = channel.project(columns, self._sum_over_processes, keep_examples=self.settings.examples)
             for table, parts in tables.items():
                 self._append(table, parts)
+        self._projected_step = self.step
 
     def _append(self, table: str, parts: list[Columns]) -> None:
         if table == "examples":
@@ -246,6 +255,9 @@ class Session:
         return self.trainer.accelerator.reduce(tensor, "sum")
 
     def _measure_health(self) -> None:
+        if self._health_step == self.step:
+            return
+        self._health_step = self.step
         for channel in self.channels:
             row = channel.measure_health()
             if row is not None and self._writer is not None:
