@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .callback import FeatureAttributionCallback
     from .dictionary import FeatureDictionary
     from .errors import AuditError
+    from .flags import Flag, FlagSet
     from .record import RunRecord
     from .sae import load_dictionary
 
@@ -20,6 +21,8 @@ _HOME = {
     "AuditError": "errors",
     "FeatureAttributionCallback": "callback",
     "FeatureDictionary": "dictionary",
+    "Flag": "flags",
+    "FlagSet": "flags",
     "RunRecord": "record",
     "audit_preferences": "audit",
     "load_dictionary": "sae",
@@ -30,6 +33,8 @@ __all__ = [
     "AuditError",
     "FeatureAttributionCallback",
     "FeatureDictionary",
+    "Flag",
+    "FlagSet",
     "RunRecord",
     "__version__",
     "audit_preferences",

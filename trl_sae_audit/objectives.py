@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
@@ -183,13 +183,14 @@ class _Outputs:
         return torch.cat([pair, pair[:, -1:]], dim=1)
 
 
-class _AsModel:
+class _AsModel(nn.Module):
     """Log-probabilities that can be called like the model that gave them."""
 
     def __init__(self, log_probs: Tensor) -> None:
+        super().__init__()
         self._log_probs = log_probs
 
-    def __call__(self, **inputs: Any) -> _Outputs:
+    def forward(self, **inputs: Any) -> _Outputs:
         return _Outputs(self._log_probs)
 
 
