@@ -15,13 +15,14 @@ from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .health import Health, health_of
 from .hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
+from .preflight import model_name, same_family
 from .residual_stream import TokenRules, residual_stream
-from .session import _same_family, model_name
 
 USELESS_FVU, POOR_FVU = 0.9, 0.5
 NORMAL_L0 = (5.0, 300.0)
 MOSTLY_DEAD = 0.9
 _NEIGHBOUR_TOKENS = 2_000
+_MUCH_BETTER = 0.75
 
 State = Literal["good", "doubtful", "bad"]
 
@@ -112,7 +113,7 @@ def diagnose(
 
         health = measure(hook, max_tokens)
         checks += _check_health(dictionary, health)
-        if health.fvu >= POOR_FVU:
+        if not math.isnan(health.fvu):
             checks += _look_at_neighbours(model, hook, health.fvu, measure)
     return Diagnosis(
         dictionary=dictionary.name,
@@ -172,7 +173,7 @@ def _check_name(model: PreTrainedModel, dictionary: FeatureDictionary) -> Check:
         return Check(
             "made for", "not recorded", "doubtful", "only the figures below can tell whether it fits"
         )
-    if given and not _same_family(recorded, given):
+    if given and not same_family(recorded, given):
         return Check(
             "made for",
             recorded,
@@ -217,14 +218,14 @@ def _check_dead(health: Health) -> Check:
 def _look_at_neighbours(
     model: PreTrainedModel, hook: HookPoint, fvu: float, measure: Callable[[HookPoint, int], Health]
 ) -> list[Check]:
-    """A dictionary that fits badly may have been put one layer off."""
+    """A dictionary that fits much better at the next layer was probably put one layer off."""
     parent, _, layer = hook.path.rpartition(".")
     depth = layer_lists(model).get(parent, 0)
     for other in (int(layer) - 1, int(layer) + 1) if depth else ():
         if 0 <= other < depth:
             place = resolve_hook_point(model, f"{parent}.{other}")
             there = measure(place, _NEIGHBOUR_TOKENS)
-            if there.fvu < min(POOR_FVU, fvu / 2):
+            if there.fvu < _MUCH_BETTER * fvu:
                 remark = f"it fits better there: FVU {there.fvu:.3f}; pass --hook_point {place.path}"
                 return [Check("next layer", place.path, "doubtful", remark)]
     return []
