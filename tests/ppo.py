@@ -18,7 +18,9 @@ def ppo(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     dataset = prompts(24).map(
-        lambda row: tokenizer(row["prompt"], padding=False), remove_columns=["prompt"], load_from_cache_file=False
+        lambda row: tokenizer(row["prompt"], padding=False),
+        remove_columns=["prompt"],
+        load_from_cache_file=False,
     )
     return PPOTrainer(
         args=PPOConfig(

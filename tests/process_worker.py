@@ -26,13 +26,22 @@ def main(name: str, directory: Path) -> None:
     recorder.watch(trainer)
     trainer.add_callback(
         FeatureAttributionCallback(
-            make_dictionary(), directory / "record", watch={"one": 1}, top_k=D_SAE, examples=True, token_scores=True
+            make_dictionary(),
+            directory / "record",
+            watch={"one": 1},
+            top_k=D_SAE,
+            examples=True,
+            token_scores=True,
         )
     )
     trainer.train()
     accelerator = trainer.accelerator
     torch.save(
-        {"steps": recorder.steps, "world_size": accelerator.num_processes, "distributed": accelerator.use_distributed},
+        {
+            "steps": recorder.steps,
+            "world_size": accelerator.num_processes,
+            "distributed": accelerator.use_distributed,
+        },
         directory / f"rank{accelerator.process_index}.pt",
     )
 

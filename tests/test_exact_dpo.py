@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reference import Reference, StepRecorder, dpo_loss, recorded, relative_error, row_gradients, sequence_logps
+from reference import (
+    Reference,
+    StepRecorder,
+    dpo_loss,
+    recorded,
+    relative_error,
+    row_gradients,
+    sequence_logps,
+)
 from trl import DPOConfig, DPOTrainer
 from worlds import D_SAE, HOOK_POINT, make_dictionary, make_model, make_tokenizer, pairs
 
@@ -158,9 +166,7 @@ def _reference(policy: Any, reference_model: Any, microbatches: list[Any]) -> Re
             policy,
             HOOK_POINT,
             len(inputs["input_ids"]),
-            lambda inputs=inputs, logps=logps: (
-                dpo_loss(policy, logps, inputs, BETA) / len(microbatches)
-            ),
+            lambda inputs=inputs, logps=logps: dpo_loss(policy, logps, inputs, BETA) / len(microbatches),
         )
         half = len(rows) // 2
         reference.rows.append(rows)

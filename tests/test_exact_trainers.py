@@ -112,7 +112,9 @@ def test_online_dpo(tmp_path: Path) -> None:
     trainer.train()
     boundaries = [(start, start + 2) for start in (0, 2, 4)]
 
-    double: Any = BUILDERS["OnlineDPO"](tmp_path, torch.float64, learning_rate=0.0, gradient_checkpointing=False)
+    double: Any = BUILDERS["OnlineDPO"](
+        tmp_path, torch.float64, learning_rate=0.0, gradient_checkpointing=False
+    )
     double.model.train()
     steps = RunRecord.load(tmp_path / "record").steps()
     for step, (start, end) in enumerate(boundaries, start=1):

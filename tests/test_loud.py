@@ -92,14 +92,21 @@ def test_trainer_whose_step_is_not_known(tmp_path: Path) -> None:
     from worlds import pairs
 
     tokenizer = make_tokenizer()
-    arguments: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
     orpo = ORPOTrainer(
         make_model(tokenizer),
         args=ORPOConfig(**arguments),
         train_dataset=pairs(8),
         processing_class=tokenizer,
     )
-    plain = Trainer(make_model(tokenizer), TrainingArguments(output_dir=str(tmp_path), use_cpu=True), train_dataset=[1])
+    plain = Trainer(
+        make_model(tokenizer), TrainingArguments(output_dir=str(tmp_path), use_cpu=True), train_dataset=[1]
+    )
     for trainer in (orpo, plain):
         message = refused(trainer, FeatureAttributionCallback(make_dictionary(), tmp_path / "record"))
         assert "DPOTrainer" in message

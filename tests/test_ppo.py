@@ -92,7 +92,7 @@ def test_scores_equal_float64_autograd(tmp_path: Path) -> None:
                 policy,
                 HOOK_POINT,
                 2,
-                lambda batch=batch: policy_loss(policy, batch, tokenizer.pad_token_id) / len(microbatches),
+                lambda batch=batch: policy_loss(policy, batch, tokenizer.pad_token_id) / 2,
             )
             expected.rows.append(rows)
             expected.examples.append(rows)
@@ -155,7 +155,9 @@ def test_metrics_are_in_the_trainers_log(tmp_path: Path) -> None:
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "sae/one/attribution" in entry]
     assert len(logged) == 4
-    assert {"sae/one/reinforced", "sae/one/suppressed", "sae/top1/feature", "objective/kl"} <= logged[0].keys()
+    assert {"sae/one/reinforced", "sae/one/suppressed", "sae/top1/feature", "objective/kl"} <= logged[
+        0
+    ].keys()
 
 
 def test_nothing_is_left_after_an_exception_inside_a_step(tmp_path: Path) -> None:
@@ -180,5 +182,9 @@ def test_nothing_is_left_after_an_exception_inside_a_step(tmp_path: Path) -> Non
 def nothing_left(trainer: Any) -> bool:
     hooks = [hook for module in trainer.model.modules() for hook in module._forward_hooks.values()]
     ours = [hook for hook in hooks if hook.__module__.startswith("trl_sae_audit")]
-    wrapped = "log" in vars(trainer) or "accumulate" in vars(trainer.accelerator) or "step" in vars(trainer.optimizer)
+    wrapped = (
+        "log" in vars(trainer)
+        or "accumulate" in vars(trainer.accelerator)
+        or "step" in vars(trainer.optimizer)
+    )
     return not ours and not wrapped

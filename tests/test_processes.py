@@ -78,7 +78,11 @@ def test_grpo(tmp_path: Path) -> None:
     ranks = run("GRPO", tmp_path, 2)
     steps = RunRecord.load(tmp_path / "record").steps()
     double: Any = BUILDERS["GRPO"](
-        tmp_path, torch.float64, learning_rate=0.0, gradient_checkpointing=False, gradient_accumulation_steps=1
+        tmp_path,
+        torch.float64,
+        learning_rate=0.0,
+        gradient_checkpointing=False,
+        gradient_accumulation_steps=1,
     )
     double.model.train()
     double.current_gradient_accumulation_steps = 1

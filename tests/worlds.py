@@ -114,6 +114,4 @@ def texts(n: int, seed: int = 0) -> Dataset:
 
 def reward_by_length(completions: list[str], **kwargs: object) -> list[float]:
     """A reward that differs within every group: sum of the words' numbers."""
-    return [
-        sum(int(word[1:]) for word in text.split() if word[1:].isdigit()) / 100.0 for text in completions
-    ]
+    return [sum(int(word[1:]) for word in text.split() if word[1:].isdigit()) / 100.0 for text in completions]

@@ -31,7 +31,7 @@ from .errors import AuditError
 from .language_head import causal_model
 from .objectives import Loss, PreferenceLoss, TokenizedExample
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
-from .session import check_dictionary, model_name
+from .preflight import check_dictionary, model_name
 
 if TYPE_CHECKING:
     from trl import DPOConfig
@@ -145,6 +145,14 @@ class Audit:
             raise AuditError("This audit has no activations; make it again with activations=True.")
         parts = [_signed_sum(part.arrays, part.arrays.mean, features) for part in self._store.parts()]
         return np.concatenate(parts)
+
+    def influence_of(self, features: Sequence[int]) -> np.ndarray:
+        """What each example adds to the predicted change of some features: [n, features]; see `influence`.
+
+        Raises:
+            AuditError: if the influence on one of them was not computed.
+        """
+        raise AuditError("This audit has no influence; pass lookahead= to audit_preferences.")
 
     def rows(self) -> np.ndarray:
         """Number in the data of each example [n]."""

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from torch import Tensor
+from transformers import Trainer
 
 from . import metrics
 from .channel import Channel, Columns
+from .checkpoint import CallbackState
 from .dictionary import FeatureDictionary
 from .errors import AuditError
-from .hook_points import HookPoint, residual_width, resolve_hook_point
-from .probe import Probe
-from .record_files import load_totals, save_totals
+from .hook_points import HookPoint
+from .preflight import as_probe, check_dictionary, model_name, resolve_watch
 from .record_writer import RecordWriter
 from .totals import FeatureTotals
 from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
@@ -78,12 +78,12 @@ class Session:
         self.layout = LAYOUTS[trainer_kind(trainer)]
         points = [check_dictionary(dictionary, policy) for dictionary in settings.dictionaries]
         watch = resolve_watch(settings.watch, settings.dictionaries)
-        self._probe = _as_probe(settings.probe, trainer)
+        self._probe = as_probe(settings.probe, trainer)
         output_dir = settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
         state = self._load_state(output_dir)
         if state:
             self.step = self._projected_step = state.step
-            self._baselines = state.baselines
+            self._baselines = dict(state.baselines)
         self._writer: RecordWriter | None = None
         if trainer.accelerator.is_main_process:
             self._writer = self._open_record(output_dir, points, watch, state)
@@ -163,16 +163,8 @@ class Session:
         if self._writer is None:
             return
         self._write()
-        directory = self._state_directory()
-        directory.mkdir(parents=True, exist_ok=True)
-        for index, channel in enumerate(self.channels):
-            save_totals(directory / f"totals-{index}.safetensors", channel.totals)
-        state = {
-            "step": self.step,
-            "dictionaries": [channel.dictionary.identity for channel in self.channels],
-            "baselines": {name: values.tolist() for name, values in self._baselines.items()},
-        }
-        (directory / "state.json").write_text(json.dumps(state))
+        state = CallbackState(self.step, self._totals(), self._baselines)
+        state.save(self._state_directory(), self.settings.dictionaries)
 
     def finish(self) -> None:
         """Training ended well."""
@@ -302,7 +294,7 @@ class Session:
         output_dir: Path,
         points: list[HookPoint],
         watch: dict[str, dict[str, int]],
-        state: _State | None,
+        state: CallbackState | None,
     ) -> RecordWriter:
         header = self._header(points, watch)
         if state is not None and output_dir.exists():
@@ -333,12 +325,12 @@ class Session:
         checkpoint = Path(self.trainer.args.output_dir) / f"checkpoint-{self.trainer.state.global_step}"
         return checkpoint / f"sae_audit_{self._position}"
 
-    def _load_state(self, output_dir: Path) -> _State | None:
+    def _load_state(self, output_dir: Path) -> CallbackState | None:
         """What the checkpoint being resumed from says; None in a new run, or where the callback is new to it."""
         if self.trainer.state.global_step == 0:
             return None
         directory = self._state_directory()
-        if not (directory / "state.json").is_file():
+        if not CallbackState.is_in(directory):
             if output_dir.exists():
                 raise AuditError(
                     f"The run resumes at step {self.trainer.state.global_step}, but {directory.parent} holds no state "
@@ -350,119 +342,4 @@ class Session:
                 self.trainer.state.global_step,
             )
             return None
-        return _State.load(directory, self.settings.dictionaries)
-
-
-@dataclasses.dataclass(frozen=True)
-class _State:
-    step: int
-    totals: dict[str, FeatureTotals]
-    baselines: dict[str, Tensor]
-
-    @classmethod
-    def load(cls, directory: Path, dictionaries: tuple[FeatureDictionary, ...]) -> _State:
-        try:
-            state = json.loads((directory / "state.json").read_text())
-        except json.JSONDecodeError as error:
-            raise AuditError(
-                f"{directory / 'state.json'} is damaged ({error}); resume from an earlier checkpoint."
-            ) from error
-        if state["dictionaries"] != [dictionary.identity for dictionary in dictionaries]:
-            raise AuditError(
-                f"The checkpoint {directory.parent} was made with other dictionaries than this run has; pass the same "
-                "ones in the same order, or start a new run."
-            )
-        return cls(
-            step=state["step"],
-            totals={
-                dictionary.name: load_totals(directory / f"totals-{index}.safetensors")
-                for index, dictionary in enumerate(dictionaries)
-            },
-            baselines={name: torch.tensor(values) for name, values in state["baselines"].items()},
-        )
-
-
-def check_dictionary(dictionary: FeatureDictionary, policy: nn.Module) -> HookPoint:
-    """Find the dictionary's hook point in the policy.
-
-    Logs a warning where the dictionary was made for a model of another name.
-
-    Raises:
-        AuditError: hook point missing or ambiguous, or of another width than the model.
-    """
-    point = resolve_hook_point(policy, dictionary.hook_point)
-    width = residual_width(policy)
-    if width != dictionary.d_model:
-        raise AuditError(
-            f"Dictionary {dictionary.name!r} reads {dictionary.d_model} dimensions but the residual stream of "
-            f"{type(policy).__name__} has {width}; it was made for another model"
-            f"{f' ({dictionary.model_name})' if dictionary.model_name else ''}."
-        )
-    trained = model_name(policy)
-    if dictionary.model_name and trained and not _same_family(dictionary.model_name, trained):
-        logger.warning(
-            "Dictionary %r was made for %r but the model trained is %r: its features may not mean there what their "
-            "labels say; check the fit with `trl-sae-audit doctor`, and watch sae/fvu.",
-            dictionary.name,
-            dictionary.model_name,
-            trained,
-        )
-    return point
-
-
-def model_name(model: nn.Module) -> str:
-    """What the Hugging Face model inside `model` was loaded as; empty if it was made in memory."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            return part.config.name_or_path
-    return ""
-
-
-def _same_family(one: str, other: str) -> bool:
-    a, b = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
-    return a.startswith(b) or b.startswith(a)
-
-
-def resolve_watch(
-    watch: Mapping[str, Any], dictionaries: tuple[FeatureDictionary, ...]
-) -> dict[str, dict[str, int]]:
-    """Watched features by dictionary: {name: {label: feature}}.
-
-    Raises:
-        AuditError: an index out of range, a dictionary of another name, or several dictionaries and none named.
-    """
-    by_name = {dictionary.name: dictionary for dictionary in dictionaries}
-    resolved: dict[str, dict[str, int]] = {name: {} for name in by_name}
-    for label, target in watch.items():
-        if isinstance(target, tuple):
-            name, feature = target
-        elif len(dictionaries) == 1:
-            name, feature = dictionaries[0].name, target
-        else:
-            raise AuditError(
-                f"Watched feature {label!r} does not say which of {len(dictionaries)} dictionaries it is of; write "
-                f"{{{label!r}: ({dictionaries[0].name!r}, {target})}}."
-            )
-        if name not in by_name:
-            raise AuditError(
-                f"Watched feature {label!r} is of dictionary {name!r}, which is not among {sorted(by_name)}."
-            )
-        d_sae = by_name[name].d_sae
-        if not isinstance(feature, int) or isinstance(feature, bool) or not 0 <= feature < d_sae:
-            raise AuditError(
-                f"Watched feature {label!r} is {feature!r}, but dictionary {name!r} has features 0 to {d_sae - 1}."
-            )
-        if feature in resolved[name].values():
-            raise AuditError(f"Feature {feature} of {name!r} is watched under two labels; keep one of them.")
-        resolved[name][label] = feature
-    return resolved
-
-
-def _as_probe(probe: Any, trainer: Trainer) -> Probe | None:
-    if probe is None or isinstance(probe, Probe):
-        return probe
-    if isinstance(probe, Mapping):
-        return Probe(probe)
-    if isinstance(probe, (list, tuple)) and all(isinstance(text, str) for text in probe):
-        return Probe.from_texts(probe, trainer.processing_class)
-    raise AuditError(f"The probe is a {type(probe).__name__}; give a list of texts or a tokenized batch.")
+        return CallbackState.load(directory, self.settings.dictionaries)
