@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -51,43 +52,39 @@ def print_summary(
 def feature_table(
     record: RunRecord, dictionary: str, n: int = 8, *, describe: Describe | None = None
 ) -> Table:
-    """The features of one dictionary that gained and lost most over a run."""
+    """The features of one dictionary that gained and lost most over a run.
+
+    The two sides of the loss are left out where `describe` needs the room.
+    """
     features = record.features(dictionary)
     gained = features[features["attribution"] > 0].nlargest(n, "attribution")
     lost = features[features["attribution"] < 0].nsmallest(n, "attribution")
-    sides = record.manifest["sides"]
-    labelled = bool(features["label"].notna().any())
-    table = Table(title=f"What the run taught, in features of {dictionary}", title_justify="left")
-    table.add_column("feature", justify="right")
-    if labelled:
-        table.add_column("label")
-    for name in ("attribution", "±", "lift", "q"):
-        table.add_column(name, justify="right")
-    for side in sides or ():
-        table.add_column(side, justify="right")
-    if describe is not None:
+    sides = (record.manifest["sides"] or []) if describe is None else []
+    named = describe is not None or bool(features["label"].fillna("").any())
+    table = Table(
+        title=f"What the run taught, in features of {dictionary}", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in ("feature", "attribution", "±", "lift", "q", *sides):
+        table.add_column(name, justify="right", no_wrap=True)
+    if named:
         table.add_column("what it is")
     for rows, style in ((gained, "green"), (lost, "red")):
         for _, row in rows.iterrows():
-            table.add_row(*_cells(row, sides, style, labelled=labelled, describe=describe))
+            cells: list[str | Text] = [
+                str(row["feature"]),
+                Text(f"{row['attribution']:+.3g}", style),
+                f"{row['standard_error']:.2g}",
+                f"{row['lift']:.1f}",
+                f"{row['q_value']:.2g}",
+            ]
+            cells += [f"{row[side]:+.3g}" for side in ("chosen", "rejected")[: len(sides)]]
+            if named:
+                cells.append(Text(_name(row, describe)))
+            table.add_row(*cells)
         table.add_section()
     return table
 
 
-def _cells(
-    row: pd.Series, sides: list[str] | None, style: str, *, labelled: bool, describe: Describe | None
-) -> list[str | Text]:
-    cells: list[str | Text] = [str(row["feature"])]
-    if labelled:
-        cells.append("" if pd.isna(row["label"]) else row["label"])
-    cells += [
-        Text(f"{row['attribution']:+.3g}", style),
-        f"{row['standard_error']:.2g}",
-        f"{row['lift']:.1f}",
-        f"{row['q_value']:.2g}",
-    ]
-    if sides:
-        cells += [f"{row['chosen']:+.3g}", f"{row['rejected']:+.3g}"]
-    if describe is not None:
-        cells.append(Text(describe(int(row["feature"]))))
-    return cells
+def _name(row: pd.Series, describe: Describe | None) -> str:
+    label = "" if pd.isna(row["label"]) or not row["label"] else f"[{row['label']}] "
+    return label + (describe(int(row["feature"])) if describe else "")
