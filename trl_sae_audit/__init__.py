@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .callback import FeatureAttributionCallback
     from .dictionary import FeatureDictionary
     from .errors import AuditError
+    from .filtering import filter_preferences
     from .flags import Flag, FlagSet
     from .record import RunRecord
     from .sae import load_dictionary
@@ -25,6 +26,7 @@ _HOME = {
     "FlagSet": "flags",
     "RunRecord": "record",
     "audit_preferences": "audit",
+    "filter_preferences": "filtering",
     "load_dictionary": "sae",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "RunRecord",
     "__version__",
     "audit_preferences",
+    "filter_preferences",
     "load_dictionary",
 ]
 
