@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.newest, pytest.mark.processes]
 def run(name: str, directory: Path, processes: int) -> list[Any]:
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
+    paths = [str(tests), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(tests / "process_worker.py"), name, str(directory)],
         env=environment,
