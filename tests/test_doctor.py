@@ -64,7 +64,7 @@ def test_a_dictionary_that_fits(model: LlamaForCausalLM, sae: Path) -> None:
     diagnosis = examine(model, load_dictionary(sae))
     assert diagnosis.fits
     assert {check.name: check.state for check in diagnosis.checks} == dict.fromkeys(
-        ("hook point", "width", "made for", "tokens", "FVU", "L0", "dead"), "good"
+        ("hook point", "width", "made for", "tokens", "FVU", "token FVU", "L0", "dead"), "good"
     )
     assert diagnosis.health is not None
     assert diagnosis.health.fvu < 0.4

@@ -50,6 +50,27 @@ def test_matches_the_definitions(dictionary: FeatureDictionary) -> None:
     assert result.tokens == 50
 
 
+def test_token_fvu_is_not_flattered_by_a_few_huge_tokens() -> None:
+    """One feature explains the outliers and nothing else."""
+    sae = TopKSAE(TopKSAEConfig(d_in=WIDTH, d_sae=WIDTH, k=1))
+    sae.W_dec.data = torch.eye(WIDTH)
+    sae.W_enc.data = torch.zeros(WIDTH, WIDTH)
+    sae.W_enc.data[0, 0] = 1.0
+    hidden = tokens(400, mean=0.0)
+    hidden[:4, 0] = 1000.0
+    hidden[:4, 1:] = 0.0
+    result = health(load_dictionary(sae, hook_point="x.0"), hidden.roll(100, dims=0))
+    assert result.fvu < 0.01
+    assert result.token_fvu > 0.5
+
+
+def test_token_fvu_matches_its_definition(dictionary: FeatureDictionary) -> None:
+    hidden = tokens(50)
+    lost = (hidden - dictionary.reconstruct(hidden, dictionary.encode(hidden))).double().square().sum(1)
+    shares = (lost / (hidden - hidden.median(0).values).double().square().sum(1)).clamp_max(1.0)
+    assert health(dictionary, hidden).token_fvu == pytest.approx(float(shares.mean()), rel=1e-5)
+
+
 def test_does_not_depend_on_the_cut_into_updates(dictionary: FeatureDictionary) -> None:
     hidden = tokens(64)
     totals = HealthTotals(dictionary)

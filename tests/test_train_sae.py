@@ -348,17 +348,20 @@ class TestDeadSae:
         assert (tmp_path / "sae.failed").is_dir()
 
     @pytest.mark.parametrize(
-        ("fvu", "dead", "tokens", "fault"),
+        ("fvu", "token_fvu", "dead", "tokens", "fault"),
         [
-            (0.2, 0.1, 100, None),
-            (0.9, 0.1, 100, "90% of the variance unexplained"),
-            (math.nan, 0.1, 100, "unexplained"),
-            (0.2, 0.95, 100, "95% of its features"),
-            (math.nan, math.nan, 0, "no held-out token"),
+            (0.2, 0.3, 0.1, 100, None),
+            (0.9, 0.3, 0.1, 100, "90% of the variance unexplained"),
+            (0.2, 0.96, 0.1, 100, "96% of the average token unexplained"),
+            (math.nan, math.nan, 0.1, 100, "unexplained"),
+            (0.2, 0.3, 0.95, 100, "95% of its features"),
+            (math.nan, math.nan, math.nan, 0, "no held-out token"),
         ],
     )
-    def test_faults(self, fvu: float, dead: float, tokens: float, fault: str | None) -> None:
-        found = fault_of(Health(fvu=fvu, l0=4.0, dead=dead, tokens=tokens))
+    def test_faults(
+        self, fvu: float, token_fvu: float, dead: float, tokens: float, fault: str | None
+    ) -> None:
+        found = fault_of(Health(fvu=fvu, token_fvu=token_fvu, l0=4.0, dead=dead, tokens=tokens))
         assert found is None if fault is None else fault in str(found)
 
 

@@ -113,8 +113,8 @@ def diagnose(
 
         health = measure(hook, max_tokens)
         checks += _check_health(dictionary, health)
-        if not math.isnan(health.fvu):
-            checks += _look_at_neighbours(model, hook, health.fvu, measure)
+        if not math.isnan(health.token_fvu):
+            checks += _look_at_neighbours(model, hook, health.token_fvu, measure)
     return Diagnosis(
         dictionary=dictionary.name,
         checks=tuple(checks),
@@ -191,14 +191,20 @@ def _check_health(dictionary: FeatureDictionary, health: Health) -> list[Check]:
     if dictionary.encoder is None:
         remark = "raw directions do not reconstruct, so nothing tells whether they fit"
         return [tokens, Check("fit", "unknown", "doubtful", remark)]
-    return [tokens, _check_fvu(health.fvu), _check_l0(health.l0), _check_dead(health)]
+    by_token = "the same token by token: what a few huge activations cannot flatter"
+    return [
+        tokens,
+        _check_fvu("FVU", health.fvu, "normal: 0.05 to 0.4; 1 is no better than the mean"),
+        _check_fvu("token FVU", health.token_fvu, by_token),
+        _check_l0(health.l0),
+        _check_dead(health),
+    ]
 
 
-def _check_fvu(fvu: float) -> Check:
-    normal = "normal: 0.05 to 0.4; 1 is no better than the mean"
+def _check_fvu(name: str, fvu: float, remark: str) -> Check:
     if not fvu < USELESS_FVU:
-        return Check("FVU", f"{fvu:.3f}", "bad", f"it does not explain these activations; {normal}")
-    return Check("FVU", f"{fvu:.3f}", "doubtful" if fvu >= POOR_FVU else "good", normal)
+        return Check(name, f"{fvu:.3f}", "bad", f"it does not explain these activations; {remark}")
+    return Check(name, f"{fvu:.3f}", "doubtful" if fvu >= POOR_FVU else "good", remark)
 
 
 def _check_l0(l0: float) -> Check:
@@ -216,7 +222,7 @@ def _check_dead(health: Health) -> Check:
 
 
 def _look_at_neighbours(
-    model: PreTrainedModel, hook: HookPoint, fvu: float, measure: Callable[[HookPoint, int], Health]
+    model: PreTrainedModel, hook: HookPoint, token_fvu: float, measure: Callable[[HookPoint, int], Health]
 ) -> list[Check]:
     """A dictionary that fits much better at the next layer was probably put one layer off."""
     parent, _, layer = hook.path.rpartition(".")
@@ -225,8 +231,10 @@ def _look_at_neighbours(
         if 0 <= other < depth:
             place = resolve_hook_point(model, f"{parent}.{other}")
             there = measure(place, _NEIGHBOUR_TOKENS)
-            if there.fvu < _MUCH_BETTER * fvu:
-                remark = f"it fits better there: FVU {there.fvu:.3f}; pass --hook_point {place.path}"
+            if there.token_fvu < _MUCH_BETTER * token_fvu:
+                remark = (
+                    f"it fits better there: token FVU {there.token_fvu:.3f}; pass --hook_point {place.path}"
+                )
                 return [Check("next layer", place.path, "doubtful", remark)]
     return []
 
@@ -236,7 +244,11 @@ def _verdict(checks: Sequence[Check], health: Health | None) -> str:
     doubtful = [check for check in checks if check.state == "doubtful"]
     if bad:
         return f"The dictionary does not fit this model: {bad[0].name} {bad[0].found} ({bad[0].remark})."
-    explained = "" if health is None or math.isnan(health.fvu) else f" ({1 - health.fvu:.0%} explained)"
+    explained = (
+        ""
+        if health is None or math.isnan(health.fvu)
+        else f" ({1 - health.token_fvu:.0%} of a token explained)"
+    )
     if doubtful:
         names = ", ".join(check.name for check in doubtful)
         return f"The dictionary can be used{explained}, with doubts about: {names}."

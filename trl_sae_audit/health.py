@@ -20,6 +20,9 @@ class Health:
     Attributes:
         fvu: fraction of variance unexplained, Σ‖h − ĥ‖² / Σ‖h − mean(h)‖². 0 is perfect, 1 is no better than
             the mean of the tokens.
+        token_fvu: the fraction of each token's own distance from the middle, ‖h − ĥ‖² / ‖h − median‖², capped at 1 and
+            averaged over the tokens. In models that blow up the activation of a few tokens, those are most of the
+            variance, and `fvu` says only how well they are explained; this says how well a token usually is.
         l0: mean number of active features a token.
         dead: share of the features that were active on none of the tokens.
         tokens: how many tokens (the sum of their weights).
@@ -29,6 +32,7 @@ class Health:
     """
 
     fvu: float
+    token_fvu: float
     l0: float
     dead: float
     tokens: float
@@ -36,6 +40,8 @@ class Health:
 
 class HealthTotals:
     """Running totals of a dictionary's health; nothing in `update` waits for the device.
+
+    `token_fvu` measures each token from the median of the first tokens given; give a batch at a time, not single tokens.
 
     Args:
         dictionary: the dictionary, already on the device of the hidden states.
@@ -51,6 +57,7 @@ class HealthTotals:
         self._tokens = torch.zeros((), dtype=wide, device=device)
         self._error = torch.zeros((), dtype=wide, device=device)
         self._square = torch.zeros((), dtype=wide, device=device)
+        self._token_shares = torch.zeros((), dtype=wide, device=device)
         self._sum = torch.zeros(self.dictionary.d_model, dtype=wide, device=device)
         self._firing = torch.zeros(self.dictionary.d_sae, dtype=wide, device=device)
         self._shift: Tensor | None = None
@@ -78,10 +85,11 @@ class HealthTotals:
         """The figures so far; reads them from the device."""
         tokens = float(self._tokens)
         if self.dictionary.encoder is None or tokens == 0:
-            return Health(fvu=float("nan"), l0=float("nan"), dead=float("nan"), tokens=tokens)
+            return unknown_health(tokens)
         variance = float(self._square - self._sum.square().sum() / self._tokens)
         return Health(
             fvu=float(self._error) / variance if variance > 0 else float("nan"),
+            token_fvu=float(self._token_shares) / tokens,
             l0=float(self._firing.sum()) / tokens,
             dead=float((self._firing == 0).to(torch.float32).mean()),
             tokens=tokens,
@@ -97,13 +105,22 @@ class HealthTotals:
         activations = self.dictionary.encode(hidden)
         error = torch.where(counts, hidden - self.dictionary.reconstruct(hidden, activations), 0.0)
         if self._shift is None:  # sums of squares about a point near the mean lose no digits
-            self._shift = (weight @ hidden) / weight.sum().clamp_min(1.0)
+            self._shift = torch.where(counts, hidden, torch.nan).nanmedian(0).values.nan_to_num(0.0)
         centred = torch.where(counts, hidden - self._shift, 0.0)
         wide = self._tokens.dtype
-        self._error += (weight * error.square().sum(-1)).sum(dtype=wide)
-        self._square += (weight * centred.square().sum(-1)).sum(dtype=wide)
+        lost, variance = error.square().sum(-1), centred.square().sum(-1)
+        shares = (lost / variance.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+        self._error += (weight * lost).sum(dtype=wide)
+        self._square += (weight * variance).sum(dtype=wide)
+        self._token_shares += (weight * shares).sum(dtype=wide)
         self._sum += (weight @ centred).to(wide)
         self._firing += (weight @ (activations != 0).to(torch.float32)).to(wide)
+
+
+def unknown_health(tokens: float) -> Health:
+    """Health where nothing but the number of tokens is known."""
+    nan = float("nan")
+    return Health(fvu=nan, token_fvu=nan, l0=nan, dead=nan, tokens=tokens)
 
 
 def health_of(stream: Iterable[Tensor], dictionary: FeatureDictionary, max_tokens: int) -> Health:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .activation_buffer import ActivationBuffer
 from .errors import AuditError
-from .health import Health, health_of
+from .health import Health, health_of, unknown_health
 from .hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
 from .residual_stream import TokenRules, residual_stream, token_windows
 from .sae import load_dictionary
@@ -112,7 +112,7 @@ class TrainSAEConfig:
     max_fvu: float = field(
         default=0.9,
         metadata={
-            "help": "An SAE that leaves this fraction of the held-out variance unexplained, or more, has failed."
+            "help": "An SAE that leaves this fraction of the held-out variance, or of the average token, unexplained has failed."
         },
     )
     max_dead: float = field(
@@ -152,6 +152,7 @@ class TrainedDictionary:
     Attributes:
         path: directory for `load_dictionary`.
         fvu: fraction of variance unexplained on held-out tokens.
+        token_fvu: the same token by token, which a few tokens with blown-up activations cannot flatter.
         l0: active features a held-out token.
         dead: share of features active on no held-out token.
         held_out_tokens: how many tokens those figures come from.
@@ -163,6 +164,7 @@ class TrainedDictionary:
 
     path: Path
     fvu: float
+    token_fvu: float
     l0: float
     dead: float
     held_out_tokens: int
@@ -236,6 +238,7 @@ def train_dictionary(
     return TrainedDictionary(
         path=target,
         fvu=health.fvu,
+        token_fvu=health.token_fvu,
         l0=health.l0,
         dead=health.dead,
         held_out_tokens=int(health.tokens),
@@ -385,7 +388,7 @@ def _examine(
     try:
         dictionary = load_dictionary(path, device=model.device)
     except AuditError as error:
-        return f"training diverged ({error})", Health(*(float("nan"),) * 3, tokens=0)
+        return f"training diverged ({error})", unknown_health(0)
     stream = residual_stream(model, tokenizer, texts, hook, config.token_rules, config.batch_size)
     with tqdm(stream, desc="Checking", unit=" batches") as batches:
         health = health_of(batches, dictionary, config.held_out_tokens)
@@ -398,6 +401,8 @@ def fault_of(health: Health, max_fvu: float = 0.9, max_dead: float = 0.9) -> str
         return "no held-out token was left to check it on"
     if not health.fvu < max_fvu:
         return f"it leaves {health.fvu:.0%} of the variance unexplained (limit {max_fvu:.0%})"
+    if not health.token_fvu < max_fvu:
+        return f"it leaves {health.token_fvu:.0%} of the average token unexplained (limit {max_fvu:.0%})"
     if health.dead > max_dead:
         return f"{health.dead:.0%} of its features are active on no held-out token (limit {max_dead:.0%})"
     return None

@@ -43,6 +43,10 @@ def summary(trained: TrainedDictionary, seconds: float) -> Table:
         ("trained on", f"{trained.training_tokens:,} tokens{distinct}; {seconds:.0f} s in all"),
         ("checked on", f"{trained.held_out_tokens:,} held-out tokens"),
         ("FVU", f"{trained.fvu:.3f}  fraction of variance unexplained: 0 perfect, 1 useless"),
+        (
+            "token FVU",
+            f"{trained.token_fvu:.3f}  the same token by token: what a few huge activations cannot flatter",
+        ),
         ("L0", f"{trained.l0:.1f}  active features a token"),
         ("dead", f"{trained.dead:.1%}  of the features active on no held-out token"),
     ):
