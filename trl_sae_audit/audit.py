@@ -392,7 +392,7 @@ class _Run:
                 bar.update(len(rows))
         state.wait_for_everyone()
         if state.is_main_process:
-            store.finish(number + 1)
+            store.finish(number + 1, state.num_processes)
 
     def _write_part(
         self, store: AuditStore, number: int, rows: list[Row], problems: list[str | None], state: PartialState

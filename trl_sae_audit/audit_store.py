@@ -118,17 +118,19 @@ class AuditStore:
     def write_part(self, number: int, part: Part) -> None:
         arrays = {name: np.ascontiguousarray(getattr(part.arrays, name)) for name in _ARRAYS}
         arrays |= {"row": part.row.astype(np.int64), "digest": part.digest}
-        metadata = {"set_aside": json.dumps(part.set_aside), "notes": json.dumps(part.notes)}
+        # one entry: safetensors writes several in an order that changes from process to process
+        metadata = {"part": json.dumps({"set_aside": part.set_aside, "notes": part.notes}, sort_keys=True)}
         _write(self._path(number), safetensors_bytes(arrays, metadata))
 
     def read_part(self, number: int) -> Part:
         arrays, metadata = self._read(number, (*_ARRAYS, "row", "digest"))
+        described = json.loads(metadata["part"])
         return Part(
             row=arrays["row"],
             digest=arrays["digest"],
-            set_aside=[(row, reason) for row, reason in json.loads(metadata["set_aside"])],
+            set_aside=[(row, reason) for row, reason in described["set_aside"]],
             arrays=ExampleArrays(**{name: arrays[name] for name in _ARRAYS}),
-            notes=json.loads(metadata["notes"]),
+            notes=described["notes"],
         )
 
     def digests(self, number: int) -> np.ndarray:
@@ -160,7 +162,7 @@ class AuditStore:
         found.identity = info["identity"]
         return found
 
-    def finish(self, parts: int) -> None:
+    def finish(self, parts: int, processes: int) -> None:
         """All parts are there: count, hash, and say so.
 
         Raises:
@@ -190,6 +192,7 @@ class AuditStore:
             )
         self.manifest |= {
             "status": "finished",
+            "processes": processes,
             "rows": len(seen),
             "examples": examples,
             "dataset_sha256": digest.hexdigest(),

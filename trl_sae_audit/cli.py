@@ -23,6 +23,9 @@ class Command:
 
 
 COMMANDS = {
+    "audit": Command("audit", "which features would this preference data teach?"),
+    "flag": Command("flag", "mark a feature of an audit as one that should not be taught"),
+    "filter": Command("filter", "remove, flip or weight the pairs that teach flagged features"),
     "train-sae": Command(
         "train_sae", "train a dictionary on the residual stream of your own model and texts"
     ),

@@ -1,0 +1,118 @@
+"""`trl-sae-audit audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from trl import DPOConfig
+
+from ..audit import Audit, audit_preferences
+from ..sae import load_dictionary
+from .arguments import ModelArguments, load_model, parse
+from .preferences import PreferenceArguments
+
+DESCRIPTION = (
+    "Which features would this preference data teach? One pass over the data before training: the gradient of each "
+    "pair's DPO loss at the dictionary's hook point, in the dictionary's features, with statistics. An interrupted "
+    "audit goes on when the same command is run again; several processes share the work under `accelerate launch`. "
+    "Example: trl-sae-audit audit --model_name_or_path ./model --dataset pairs.jsonl --sae ./sae --output_dir runs/audit"
+)
+
+
+@dataclass
+class AuditArguments:
+    """The audit."""
+
+    sae: str = field(
+        metadata={"help": "A directory saved by sae-lens, or a sae-lens release (with --sae_id)."}
+    )
+    output_dir: str = field(metadata={"help": "Where the audit is written; `flag` and `filter` read it."})
+    sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the release."})
+    hook_point: str | None = field(
+        default=None, metadata={"help": "Read here instead of where the SAE says it hooks."}
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": "As in TRL's DPOConfig: sigmoid, ipo, hinge …"}
+    )
+    beta: float = field(default=0.1, metadata={"help": "As in TRL's DPOConfig."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "As in TRL's DPOConfig."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens at which prompt and answer are cut."})
+    batch_size: int = field(default=8, metadata={"help": "Pairs at a time; no figure depends on it."})
+    part_size: int = field(default=512, metadata={"help": "Rows in a file of the audit."})
+    activations: bool = field(
+        default=True, metadata={"help": "Also encode the answers, for disparity and activation attribution."}
+    )
+    on_bad_row: Literal["stop", "set_aside"] = field(
+        default="stop", metadata={"help": "What to do at a row that is no pair."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the random flips and splits of the statistics."})
+    top: int = field(default=10, metadata={"help": "Features to print."})
+
+
+def main(argv: Sequence[str]) -> int:
+    model_arguments, data, arguments = parse(
+        "audit", DESCRIPTION, (ModelArguments, PreferenceArguments, AuditArguments), argv
+    )
+    dictionary = load_dictionary(arguments.sae, arguments.sae_id, hook_point=arguments.hook_point)
+    source = data.source()
+    model, tokenizer = load_model(model_arguments)
+    config = DPOConfig(
+        arguments.output_dir,
+        loss_type=arguments.loss_type,
+        beta=arguments.beta,
+        label_smoothing=arguments.label_smoothing,
+        max_length=arguments.max_length,
+        bf16=False,
+        report_to="none",
+    )
+    audit = audit_preferences(
+        model,
+        tokenizer,
+        source,
+        dictionary,
+        args=config,
+        output_dir=arguments.output_dir,
+        batch_size=arguments.batch_size,
+        part_size=arguments.part_size,
+        activations=arguments.activations,
+        on_bad_row=arguments.on_bad_row,
+        seed=arguments.seed,
+    )
+    if PartialState().is_main_process:
+        show(audit, arguments.top, Console())
+    return 0
+
+
+def show(audit: Audit, top: int, console: Console) -> None:
+    """Print the features with the largest attribution."""
+    features = audit.features()
+    first, second = audit.sides
+    table = Table(title=f"{len(audit)} examples, {len(features)} features", title_justify="left")
+    columns = ["feature", "attribution", "± s.e.", first, second, "lift", "q", "q at equal length"]
+    if "disparity" in features:
+        columns.append("disparity")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in features.head(top).to_dict("records"):
+        cells = [str(row["feature"])]
+        cells += [f"{row[name]:+.3g}" for name in ("attribution", "standard_error", first, second)]
+        cells += [f"{row['lift']:.1f}", f"{row['q_value']:.2g}", f"{row['length_q_value']:.2g}"]
+        if "disparity" in features:
+            cells.append(f"{row['disparity']:+.2f}")
+        table.add_row(*cells)
+    console.print(table)
+    significant = (features["q_value"] < 0.05).sum()
+    at_equal_length = ((features["q_value"] < 0.05) & (features["length_q_value"] < 0.05)).sum()
+    console.print(
+        f"Positive: training on this data up-weights the feature. q < 0.05: {significant} features, {at_equal_length} of "
+        f"them also at equal answer length. Audit in {audit.directory}; next: trl-sae-audit flag {audit.directory} "
+        "--feature N --label … --reason …",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )

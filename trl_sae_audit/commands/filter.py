@@ -1,0 +1,134 @@
+"""`trl-sae-audit filter`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+
+from ..audit import Audit
+from ..errors import AuditError
+from ..filtering import FilterResult, filter_preferences
+from ..flags import FlagSet
+from .arguments import parse
+from .preferences import PreferenceArguments
+
+DESCRIPTION = (
+    "Remove, flip or weight down the pairs that teach flagged features, and write what stays, what leaves and why. "
+    "Example: trl-sae-audit filter --dataset pairs.jsonl --audit runs/audit --flags flags.yaml --budget 0.05 "
+    "--output_dir data/filtered"
+)
+
+
+@dataclass
+class FilterArguments:
+    """The filter."""
+
+    audit: str = field(metadata={"help": "Directory of the audit of this dataset."})
+    output_dir: str = field(
+        metadata={"help": "Made; holds the kept and the dropped rows and a dataset card."}
+    )
+    flags: str = field(default="flags.yaml", metadata={"help": "The flagged features."})
+    strategy: Literal["drop", "flip", "weight", "resample"] = field(
+        default="drop",
+        metadata={
+            "help": "drop them; flip chosen and rejected; add a column with a weight; keep each with that probability."
+        },
+    )
+    score: str = field(
+        default="attribution",
+        metadata={
+            "help": 'attribution, influence, activation, or a mix: \'{"attribution": 1, "activation": 1}\'.'
+        },
+    )
+    budget: float | None = field(
+        default=None, metadata={"help": "At most this many rows, or below 1 this share of them."}
+    )
+    threshold: float | None = field(default=None, metadata={"help": "Rows with a score above this."})
+    quantile: float | None = field(
+        default=None, metadata={"help": "Rows with a score above this quantile of the scores."}
+    )
+    control: bool = field(default=False, metadata={"help": "Also write a control: as many rows at random."})
+    weight_column: str = field(default="weight", metadata={"help": "Column for strategy weight."})
+    on_bad_row: Literal["stop", "set_aside"] = field(
+        default="stop",
+        metadata={"help": "What to do at a row that is no pair; set aside, it goes to the dropped."},
+    )
+    format: str | None = field(
+        default=None, metadata={"help": "jsonl, parquet or dataset; default the input's own."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run wrote."})
+    seed: int = field(default=0, metadata={"help": "Of resampling and the control."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Also push the kept rows to this dataset repository on the Hub."}
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    data, arguments = parse("filter", DESCRIPTION, (PreferenceArguments, FilterArguments), argv)
+    result = filter_preferences(
+        data.source(),
+        Audit.load(arguments.audit),
+        FlagSet.load(arguments.flags),
+        arguments.strategy,
+        score=_score(arguments.score),
+        budget=arguments.budget,
+        threshold=arguments.threshold,
+        quantile=arguments.quantile,
+        control=arguments.control,
+        weight_column=arguments.weight_column,
+        on_bad_row=arguments.on_bad_row,
+        seed=arguments.seed,
+    )
+    out = result.save(arguments.output_dir, format=arguments.format, overwrite=arguments.overwrite)
+    show(result, out, Console())
+    if arguments.push_to_hub:
+        _push(result, arguments.push_to_hub)
+    return 0
+
+
+def show(result: FilterResult, out: Path, console: Console) -> None:
+    """Print counts and what is left of each flag's attribution."""
+    summary = result.summary
+    lines = [
+        f"{summary['rows']} rows: {summary['kept']} kept ({summary['flipped']} flipped, {summary['weighted']} weighted), "
+        f"{summary['dropped']} dropped. In {out}."
+    ]
+    for flag in summary["flags"]:
+        line = f"  {flag['label'] or flag['feature']}: attribution {flag['attribution_before']:+.3g} → "
+        line += f"{flag['attribution_after']:+.3g}"
+        if "attribution_control" in flag:
+            line += f" (control {flag['attribution_control']:+.3g})"
+        lines.append(line)
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
+def _score(text: str) -> str | dict[str, float]:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AuditError(
+            f"--score {text} is not valid JSON ({error}); write '{{\"attribution\": 1}}'."
+        ) from error
+
+
+def _push(result: FilterResult, repository: str) -> None:
+    kept, dropped = (
+        rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
+        for rows in (result.kept, result.dropped)
+    )
+    try:
+        DatasetDict(train=kept).push_to_hub(repository)
+        dropped.push_to_hub(repository, config_name="dropped")
+    except (OSError, ValueError) as error:
+        raise AuditError(
+            f"The kept rows could not be pushed to {repository!r}: {' '.join(str(error).split())} The files in the output "
+            "directory are complete."
+        ) from error
