@@ -11,6 +11,7 @@ import torch
 import worlds
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -23,9 +24,10 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     sae = StandardSAE(StandardSAEConfig(d_in=worlds.D_MODEL, d_sae=2048, metadata=metadata))
     sae.save_model("path/to/sae")
     tokenizer = worlds.make_tokenizer()
+    worlds.make_model(tokenizer).save_pretrained("model")
     script: dict[str, Any] = {
         "DPOTrainer": DPOTrainer,
-        "model": worlds.make_model(tokenizer),
+        "model": AutoModelForCausalLM.from_pretrained("model"),
         "tokenizer": tokenizer,
         "dataset": worlds.pairs(8),
         "args": DPOConfig(
