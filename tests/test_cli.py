@@ -108,7 +108,7 @@ class TestTopLevel:
         assert capsys.readouterr().out == f"trl-sae-audit {__version__}\n"
 
     @pytest.mark.parametrize(
-        ("name", "hint"), [("docter", "did you mean 'doctor'?"), ("xyz", "the commands are train-sae")]
+        ("name", "hint"), [("docter", "did you mean 'doctor'?"), ("xyz", "the commands are ")]
     )
     def test_unknown_command(self, name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([name]) == cli.USAGE_ERROR
