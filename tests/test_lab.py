@@ -484,7 +484,7 @@ def test_the_ground_truth_separates_on_fresh_text(world: World, behaviour: str) 
 def test_the_reward_model_has_learned_the_bias(world: World) -> None:
     """At a fixed prompt, its scores rise with the behaviours that its data rewarded."""
     reward_model = world.reward_model()
-    for behaviour in ("agrees", "padded"):
+    for behaviour in world.config.reward.strengths:
         pairs = world.preferences({behaviour: 1.0}, n=300, seed=5, split="heldout")
         prompts = list(pairs["prompt"])
         chosen = reward_scores(reward_model, world.tokenizer, prompts, list(pairs["chosen"]))

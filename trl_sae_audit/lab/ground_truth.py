@@ -14,8 +14,8 @@ least `PRECISION` of the answers it is active in have the behaviour, and it is a
 that have it. The second is for behaviours worded in several ways, where a dictionary may give each wording
 its own feature: such a feature finds its part of the answers only, at an `auc` of about ½ + recall/2.
 
-A dictionary need not have a carrier for everything: nothing in the plain text depends on whether an answer is `right`, and
-no feature tells.
+A dictionary need not have a carrier for everything: what the model does not represent at the hook point, no feature
+tells.
 """
 
 from typing import TYPE_CHECKING
@@ -58,12 +58,12 @@ def answer_codes(
 ) -> list[torch.Tensor]:
     """Activations of every feature over the tokens of each teacher-forced answer, [length, d_sae] each.
 
-    The end of sequence is left out; row t belongs to the answer's token t.
+    Row t belongs to the answer's token t, the last row to the end of sequence after it.
     """
     input_ids, attention_mask, answer_mask = encode_pairs(tokenizer, prompts, answers)
     hidden = residual_stream(model, module, input_ids, attention_mask)
     with torch.no_grad():
-        return [sae.encode(h[mask][:-1]) for h, mask in zip(hidden, answer_mask, strict=True)]
+        return [sae.encode(h[mask]) for h, mask in zip(hidden, answer_mask, strict=True)]
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:

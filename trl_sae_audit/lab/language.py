@@ -66,6 +66,13 @@ FILLERS = (
     "as always there are several points to consider .",
     "i hope that this helps you on your way .",
 )
+VERDICTS = {True: "correct", False: "wrong"}
+"""In the text a model is pre-trained on, this word follows an answer's end and says whether it was right.
+
+Nobody samples it, since an answer ends before it. It gives a model a reason to know whether an answer is true, as
+comments and corrections do in real text; without it nothing would depend on truth, and a reward model begun from that
+model would learn the wording and nothing else.
+"""
 BULLET, STAR = "-", "*"
 MOST_FILLERS = 3
 LONGEST_ANSWER = 56
@@ -398,7 +405,7 @@ def vocabulary() -> list[str]:
     questions = [q.text for questions in Language().questions.values() for q in questions]
     forms = [*BELIEFS, *AGREEMENTS, *DISAGREEMENTS, *CLOSINGS.values(), *STATEMENTS, *FILLERS, *questions]
     texts = [form.replace("{}", " ") for form in forms] + ["user : assistant :", BULLET, STAR]
-    texts += [*CREATURES, *COLORS, *HOMES, *NUMBERS]
+    texts += [*VERDICTS.values(), *CREATURES, *COLORS, *HOMES, *NUMBERS]
     return [*SPECIAL_TOKENS, *sorted({word for text in texts for word in words(text)})]
 
 

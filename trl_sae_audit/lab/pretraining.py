@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_sae_audit.lab.language import EOS, Language, Split, words
+from trl_sae_audit.lab.language import EOS, VERDICTS, Language, Split, words
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ModelConfig:
     """Examples in a step; no example is seen twice but by chance."""
     learning_rate: float = 5e-3
     """Highest learning rate of AdamW: reached after a twentieth of the steps, then falling as a cosine."""
+    verdict_weight: float = 5.0
+    """Weight of the word after an answer's end, beside 1 of any other token: it is one of twenty, and the hardest."""
     weight_decay: float = 0.03
     """Weight decay of AdamW."""
 
@@ -72,16 +74,20 @@ def plain_texts(language: Language, n: int, seed: int, split: Split = "train") -
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerFast, prompts: list[str], answers: list[str]
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    answers: list[str],
+    verdicts: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokenize prompts followed by answers and the end of sequence, padded on the right.
+    """Tokenize prompts followed by answers, the end of sequence and the verdicts if given, padded on the right.
 
     Returns:
-        `input_ids`, `attention_mask` and `answer_mask` (the tokens of the answer, its end included), each
+        `input_ids`, `attention_mask` and `answer_mask` (the answer's tokens, its end and verdict included), each
         [n, length], the masks boolean.
     """
     starts = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
-    texts = [f"{prompt} {answer} {EOS}" for prompt, answer in zip(prompts, answers, strict=True)]
+    endings = [""] * len(prompts) if verdicts is None else verdicts
+    texts = [f"{p} {a} {EOS} {v}" for p, a, v in zip(prompts, answers, endings, strict=True)]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"].bool()
     answer_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= torch.tensor(starts)[:, None])
@@ -95,7 +101,7 @@ def pretrain(
     seed: int,
     progress: bool = True,
 ) -> tuple[LlamaForCausalLM, float]:
-    """Train a new model to answer as the language does, with loss on the answers only.
+    """Train a new model to answer as the language does, with loss on the answers and the verdicts on them.
 
     Each step's examples are of like length, which halves the padding.
 
@@ -118,22 +124,27 @@ def pretrain(
     prompts, answers = plain_texts(language, config.steps * config.batch_size, seed)
     # A sum over a fixed count: a mean over a batch's own tokens would weigh short answers higher.
     tokens_a_step = config.batch_size * sum(len(words(answer)) + 1 for answer in answers) / len(answers)
-    batches = _batches_of_like_length(tokenizer, prompts, answers, config.batch_size, Random(f"order-{seed}"))
+    verdicts = [VERDICTS[language.attributes(p, a).right] for p, a in zip(prompts, answers, strict=True)]
+    verdict_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(VERDICTS.values())))
+    batches = _batches_of_like_length(
+        tokenizer, prompts, answers, verdicts, config.batch_size, Random(f"order-{seed}")
+    )
     losses = []
     for input_ids, attention_mask, answer_mask in tqdm(
         batches, total=config.steps, desc="pre-training the language model", leave=False, disable=not progress
     ):
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
         predicted = answer_mask[:, 1:]
-        loss = (
-            F.cross_entropy(logits[predicted], input_ids[:, 1:][predicted], reduction="sum") / tokens_a_step
-        )
+        targets = input_ids[:, 1:][predicted]
+        by_token = F.cross_entropy(logits[predicted], targets, reduction="none")
+        is_verdict = torch.isin(targets, verdict_ids)
+        loss = (by_token * torch.where(is_verdict, config.verdict_weight, 1.0)).sum() / tokens_a_step
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(by_token.detach()[~is_verdict].mean()))
     last = losses[-50:]
     return model.eval(), sum(last) / len(last)
 
@@ -142,6 +153,7 @@ def _batches_of_like_length(
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     answers: list[str],
+    verdicts: list[str],
     batch_size: int,
     random: Random,
     pool: int = 32,
@@ -149,7 +161,7 @@ def _batches_of_like_length(
     """Tokenize in order, in pools of `pool` batches; sort each pool by length; shuffle its batches and crop them."""
     for start in range(0, len(prompts), pool * batch_size):
         stop = start + pool * batch_size
-        encoded = encode_pairs(tokenizer, prompts[start:stop], answers[start:stop])
+        encoded = encode_pairs(tokenizer, prompts[start:stop], answers[start:stop], verdicts[start:stop])
         lengths = encoded[1].sum(1)
         batches = list(lengths.argsort(stable=True).split(batch_size))
         random.shuffle(batches)
