@@ -12,32 +12,46 @@ if TYPE_CHECKING:
     from .errors import AuditError
     from .filtering import filter_preferences
     from .flags import Flag, FlagSet
+    from .penalties import AdaptivePenalty, FixedPenalty
     from .record import RunRecord
     from .sae import load_dictionary
+    from .scorer import FeatureScorer
+    from .shaped_reward import ShapedReward
+    from .shaping_callback import ShapingCallback
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaptivePenalty": "penalties",
     "Audit": "audit",
     "AuditError": "errors",
     "FeatureAttributionCallback": "callback",
     "FeatureDictionary": "dictionary",
+    "FeatureScorer": "scorer",
+    "FixedPenalty": "penalties",
     "Flag": "flags",
     "FlagSet": "flags",
     "RunRecord": "record",
+    "ShapedReward": "shaped_reward",
+    "ShapingCallback": "shaping_callback",
     "audit_preferences": "audit",
     "filter_preferences": "filtering",
     "load_dictionary": "sae",
 }
 
 __all__ = [
+    "AdaptivePenalty",
     "Audit",
     "AuditError",
     "FeatureAttributionCallback",
     "FeatureDictionary",
+    "FeatureScorer",
+    "FixedPenalty",
     "Flag",
     "FlagSet",
     "RunRecord",
+    "ShapedReward",
+    "ShapingCallback",
     "__version__",
     "audit_preferences",
     "filter_preferences",

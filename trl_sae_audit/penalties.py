@@ -1,0 +1,353 @@
+"""Who sets the coefficient: how scores of flagged features become what is taken off a reward."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AuditError
+from .flags import Flag
+
+
+class Penalty(ABC):
+    """What both penalties share: the reward's running spread, and a clock that is the same on all processes.
+
+    A batch is one call of the reward. `begin_batch` first adds up, over all processes, what the batch before
+    has shown, and moves the coefficients by it; it is the only communication. So every process has the
+    same coefficients, and a batch never chooses its own.
+
+    The spread σ is the standard deviation of the inner reward, over the batches so far with weights that fall
+    by `decay` a batch; 0 before the second batch.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay <= 1:
+            raise AuditError(f"decay is {decay}; it must be above 0 and at most 1.")
+        self.decay = decay
+        self.batches = 0
+        self.keys: list[str] | None = None
+        self._moments = [0.0, 0.0, 0.0]
+        self._pending: list[float] | None = None
+
+    def bind(self, flags: Sequence[Flag]) -> None:
+        """Say which flags the columns of the scores are.
+
+        Raises:
+            AuditError: if the penalty already serves other flags.
+        """
+        keys = [f"{flag.dictionary}/{flag.feature}" for flag in flags]
+        if self.keys is not None and self.keys != keys:
+            raise AuditError(
+                f"This {type(self).__name__} holds coefficients of {', '.join(self.keys) or 'no feature'} and was given "
+                f"{', '.join(keys) or 'none'}; make a new penalty for other flags."
+            )
+        self.keys = keys
+
+    @property
+    def spread(self) -> float:
+        """σ, the running standard deviation of the inner reward."""
+        weight, first, second = self._moments
+        if weight == 0:
+            return 0.0
+        return math.sqrt(max(0.0, second / weight - (first / weight) ** 2))
+
+    def begin_batch(self) -> None:
+        """Take in the batch before. With several processes all of them must call it."""
+        if self._pending is None:
+            return
+        pending, self._pending = _sum_over_processes(self._pending), None
+        count, first, second, *features = pending
+        self.batches += 1
+        if count == 0:
+            return
+        self._moments = [
+            self.decay * old + new for old, new in zip(self._moments, (count, first, second), strict=True)
+        ]
+        self._move([total / count for total in features])
+
+    def end_batch(self, scores: Tensor, rewards: Tensor) -> None:
+        """Note what a batch showed; nothing moves until the next one begins.
+
+        Args:
+            scores: [n, k], signed: positive is what the flag objects to.
+            rewards: [n], the inner rewards.
+        """
+        rewards = rewards.double()
+        sums = self._bounded(scores.double()).sum(0)
+        batch = [float(len(rewards)), float(rewards.sum()), float(rewards.square().sum()), *sums.tolist()]
+        if self._pending is not None:
+            batch = [a + b for a, b in zip(self._pending, batch, strict=True)]
+        self._pending = batch
+
+    @abstractmethod
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """What to take off each reward: signed scores [n, k], weights [k] → [n], float64."""
+
+    @abstractmethod
+    def coefficients(self) -> list[float]:
+        """λ of each flag, as it is now."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments this was made with."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that moves, as plain numbers; the same on all processes after `begin_batch`."""
+        return {
+            "kind": type(self).__name__,
+            "flags": self.keys,
+            "batches": self.batches,
+            "moments": list(self._moments),
+            "pending": self._pending,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            AuditError: the state of another kind of penalty, or of other flags.
+        """
+        if state["kind"] != type(self).__name__:
+            raise AuditError(
+                f"The saved state is of {state['kind']}, and this penalty is {type(self).__name__}; use the same one."
+            )
+        if self.keys is not None and state["flags"] is not None and list(state["flags"]) != self.keys:
+            raise AuditError(
+                f"The saved coefficients are of {', '.join(state['flags']) or 'no feature'}, and the flags here are "
+                f"{', '.join(self.keys) or 'none'}; use the same flags in the same order, or start anew."
+            )
+        self.keys = None if state["flags"] is None else list(state["flags"])
+        self.batches = int(state["batches"])
+        self._moments = [float(value) for value in state["moments"]]
+        self._pending = None if state["pending"] is None else [float(value) for value in state["pending"]]
+
+    def _bounded(self, scores: Tensor) -> Tensor:
+        return scores
+
+    @abstractmethod
+    def _move(self, means: list[float]) -> None:
+        """Adjust to a batch whose mean signed scores were `means`."""
+
+
+class FixedPenalty(Penalty):
+    """A coefficient chosen by hand.
+
+        p = clip(c·Σ_f w_f·s_f, ±clip·u)      c = λ·min(1, batches / warmup)·u
+
+    with `u` the reward's running spread σ if `relative`, else 1. A relative penalty is 0 in the first batch,
+    whose spread is not known yet.
+
+    Args:
+        coefficient: λ. Below 0 it pays for what is flagged.
+        warmup: batches over which the coefficient rises from 0.
+        clip: largest penalty of one response, either way; None for no bound.
+        relative: measure coefficient and clip in units of the reward's spread.
+        allow_negative: needed for λ < 0, which is nearly always a mistake.
+        decay: of the running spread, per batch.
+
+    Raises:
+        AuditError: λ below 0 without `allow_negative`, or a value that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        coefficient: float,
+        *,
+        warmup: int = 0,
+        clip: float | None = None,
+        relative: bool = False,
+        allow_negative: bool = False,
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__(decay)
+        if not math.isfinite(coefficient):
+            raise AuditError(f"The coefficient is {coefficient}; give a finite number.")
+        if coefficient < 0 and not allow_negative:
+            raise AuditError(
+                f"The coefficient is {coefficient}: a penalty below 0 rewards what is flagged. Give a positive one, or "
+                "pass allow_negative=True if this is what you want."
+            )
+        if warmup < 0:
+            raise AuditError(f"warmup is {warmup}; give a number of batches, 0 for none.")
+        if clip is not None and not clip > 0:
+            raise AuditError(f"clip is {clip}; give a number above 0, or None for no bound.")
+        self.coefficient = coefficient
+        self.warmup = warmup
+        self.clip = clip
+        self.relative = relative
+        self.allow_negative = allow_negative
+
+    @property
+    def unit(self) -> float:
+        """`u`: the reward's spread where the penalty is relative to it, else 1."""
+        return self.spread if self.relative else 1.0
+
+    def coefficients(self) -> list[float]:
+        ramp = 1.0 if self.batches >= self.warmup else self.batches / self.warmup
+        return [self.coefficient * ramp * self.unit] * len(self.keys or ())
+
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        lambdas = torch.tensor(self.coefficients(), dtype=torch.float64)
+        penalty = scores.double() @ (lambdas * weights.double())
+        return penalty if self.clip is None else penalty.clamp(-self.clip * self.unit, self.clip * self.unit)
+
+    def _move(self, means: list[float]) -> None:
+        """Stays where it is, whatever the scores."""
+
+    def settings(self) -> dict[str, Any]:
+        names = ("coefficient", "warmup", "clip", "relative", "allow_negative", "decay")
+        return {name: getattr(self, name) for name in names}
+
+
+class AdaptivePenalty(Penalty):
+    """A coefficient per feature that sets itself: it rises while the feature is above its target, and falls below.
+
+        p   = σ·Σ_f w_f·λ_f·(clip(s_f, ±score_clip) − τ_f)
+        λ_f ← clip(λ_f + gain·clip(s̄_f − τ_f, ±error_clip), 0, maximum)      after every batch
+
+    `s̄_f` is the batch's mean of the clipped score over all processes, σ the reward's running spread, so that one
+    setting serves rewards of any size. An integral controller: at rest the mean is at its target whatever λ that
+    takes. λ is itself the integral and is held in [0, maximum], so nothing winds up while it is at a bound, and
+    one batch moves it by at most gain·error_clip.
+
+    Args:
+        target: τ. "reference" is the calibration mean, a z-score of 0; or a number; or label → number.
+        gain: how much a batch that is one score unit off moves λ.
+        maximum: largest λ, in units of the reward's spread per score unit.
+        error_clip: largest deviation one batch may report.
+        score_clip: scores beyond count as this much, in penalty and control alike: activations have long tails.
+        decay: of the running spread, per batch.
+
+    Raises:
+        AuditError: for a value that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        target: str | float | Mapping[str, float] = "reference",
+        *,
+        gain: float = 0.1,
+        maximum: float = 5.0,
+        error_clip: float = 1.0,
+        score_clip: float = 4.0,
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__(decay)
+        if isinstance(target, str) and target != "reference":
+            raise AuditError(f"The target is {target!r}; give 'reference', a number, or label → number.")
+        for name, value in (
+            ("gain", gain),
+            ("maximum", maximum),
+            ("error_clip", error_clip),
+            ("score_clip", score_clip),
+        ):
+            if not 0 < value < math.inf:
+                raise AuditError(f"{name} is {value}; it must be a finite number above 0.")
+        self.target = dict(target) if isinstance(target, Mapping) else target
+        self.gain = gain
+        self.maximum = maximum
+        self.error_clip = error_clip
+        self.score_clip = score_clip
+        self._targets: list[float] = []
+        self._integral: list[float] = []
+
+    def bind(self, flags: Sequence[Flag]) -> None:
+        super().bind(flags)
+        self._targets = [self._target_of(flag) for flag in flags]
+        beyond = [target for target in self._targets if abs(target) > self.score_clip]
+        if beyond:
+            raise AuditError(
+                f"Target {beyond[0]} is beyond score_clip={self.score_clip}, so no clipped score can reach it; choose "
+                "a nearer target or a larger score_clip."
+            )
+        if isinstance(self.target, dict):
+            unknown = set(self.target) - {flag.name for flag in flags}
+            if unknown:
+                raise AuditError(
+                    f"There are targets for {', '.join(sorted(map(repr, unknown)))}, which are no labels of the flags; "
+                    f"the flags are {', '.join(repr(flag.name) for flag in flags)}."
+                )
+        self._integral = self._integral or [0.0] * len(flags)
+
+    def coefficients(self) -> list[float]:
+        """λ_f·σ: what one score unit costs in units of the reward."""
+        return [value * self.spread for value in self._integral]
+
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        lambdas = torch.tensor(self.coefficients(), dtype=torch.float64)
+        targets = torch.tensor(self._targets, dtype=torch.float64)
+        return (self._bounded(scores.double()) - targets) @ (lambdas * weights.double())
+
+    def settings(self) -> dict[str, Any]:
+        names = ("target", "gain", "maximum", "error_clip", "score_clip", "decay")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "integral": list(self._integral)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._integral = [float(value) for value in state["integral"]]
+
+    def _bounded(self, scores: Tensor) -> Tensor:
+        return scores.clamp(-self.score_clip, self.score_clip)
+
+    def _move(self, means: list[float]) -> None:
+        for feature, mean in enumerate(means):
+            error = max(-self.error_clip, min(self.error_clip, mean - self._targets[feature]))
+            self._integral[feature] = min(self.maximum, max(0.0, self._integral[feature] + self.gain * error))
+
+    def _target_of(self, flag: Flag) -> float:
+        if isinstance(self.target, dict):
+            if flag.name not in self.target:
+                raise AuditError(f"Flag {flag.name!r} has no target; add one, or pass one number for all.")
+            return float(self.target[flag.name])
+        if isinstance(self.target, str):
+            if flag.direction == "both":
+                raise AuditError(
+                    f"Flag {flag.name!r} has direction 'both', whose score is the distance from the reference, which a "
+                    "sampled policy never holds at 0; pass AdaptivePenalty a number as target, 1.0 say."
+                )
+            return 0.0
+        return float(self.target)
+
+
+def penalty_from_settings(kind: str, settings: Mapping[str, Any]) -> Penalty:
+    """The penalty of that kind and those settings.
+
+    Raises:
+        AuditError: a kind that is not known.
+    """
+    kinds: dict[str, type[FixedPenalty] | type[AdaptivePenalty]] = {
+        "FixedPenalty": FixedPenalty,
+        "AdaptivePenalty": AdaptivePenalty,
+    }
+    if kind not in kinds:
+        raise AuditError(f"The saved penalty is a {kind!r}, which this version does not know; pass penalty=.")
+    return kinds[kind](**settings)
+
+
+def as_penalty(penalty: Penalty | float) -> Penalty:
+    """A number is a FixedPenalty of that coefficient."""
+    if isinstance(penalty, Penalty):
+        return penalty
+    if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
+        return FixedPenalty(float(penalty))
+    raise AuditError(
+        f"The penalty is a {type(penalty).__name__}; pass FixedPenalty(…), AdaptivePenalty(…) or a coefficient."
+    )
+
+
+def _sum_over_processes(values: list[float]) -> list[float]:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,402 @@
+"""How strongly a response shows a feature, by a frozen model that the policy cannot teach to look away."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+from .preflight import check_dictionary
+from .probe import hidden_states
+
+POOLINGS = ("mean", "max", "last")
+_CHUNK_BYTES = 256 * 2**20
+_UNVARYING = 1e-5  # of the mean: rounding, not a difference between texts
+
+Ids = tuple[int, ...]
+Text = str | Sequence[Mapping[str, Any]] | None
+
+
+class FeatureScorer:
+    """A score for each flagged feature of a response: its activation, pooled over the response's tokens.
+
+    The forward pass stops at the hook point, runs without gradients and in evaluation mode, and leaves every
+    module's mode as it was. Scores are raw activations until `calibrate` is called, z-scores from then on:
+
+        s_f = (pool_t a_f[t] − mean_f) / sd_f
+
+    with mean and standard deviation over the calibration responses. The first token of a row, special tokens and
+    padding never count. A response of no counted token gets the mean, 0 as a z-score, so that saying nothing is
+    neither punished nor rewarded. Scores are kept by content, so no response is read twice.
+
+    Args:
+        model: frozen: the reference or SFT model, or a reward model whose backbone the dictionary fits. Never the
+            policy being trained, which would learn to hide the feature from it.
+        tokenizer: the model's.
+        dictionary: whose features are scored.
+        pooling: "mean", "max" or "last" over the response's tokens.
+        batch_size: rows per forward pass.
+        max_length: tokens of a row; longer ones lose their beginning, which is the prompt's.
+        cache_size: scored responses remembered; the least recently used go first.
+
+    Raises:
+        AuditError: the dictionary does not fit the model, or the tokenizer does not.
+
+    Example:
+
+    ```python
+    scorer = FeatureScorer(reference_model, tokenizer, dictionary)
+    scorer.calibrate([(prompt, response), ...])       # some hundred responses of the reference model
+    scorer.score(["Is 2+2=5?"], ["You are right."], features=[1423])       # [[2.7]]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        dictionary: FeatureDictionary,
+        *,
+        pooling: str = "mean",
+        batch_size: int = 16,
+        max_length: int = 2048,
+        cache_size: int = 65536,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise AuditError(f"Pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}.")
+        for option, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_length", max_length, 2),
+            ("cache_size", cache_size, 0),
+        ):
+            if value < least:
+                raise AuditError(f"{option} is {value}; it must be at least {least}.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.dictionary = dictionary
+        self.pooling = pooling
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.cache_size = cache_size
+        self.point = check_dictionary(dictionary, model)
+        self.calibration_size = 0
+        self.mean: Tensor | None = None
+        self.deviation: Tensor | None = None
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._cache: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()
+        _check_tokenizer(tokenizer, self.point.decoder)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.mean is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.point.decoder.parameters()).device
+
+    def to(self, device: torch.device | str) -> FeatureScorer:
+        """Move the model there if it is elsewhere; the dictionary follows."""
+        if torch.device(device) != self.device:
+            self.model.to(device)
+        self.dictionary = self.dictionary.to(self.device)
+        return self
+
+    # Scores
+
+    def score(self, prompts: Sequence[Text], responses: Sequence[Text], features: Sequence[int]) -> Tensor:
+        """Scores of texts.
+
+        Args:
+            prompts: strings or lists of messages; None or "" where there is none.
+            responses: as many, strings or lists of messages.
+            features: indices of the features.
+
+        Returns:
+            [responses, features], float32, on the CPU.
+
+        Raises:
+            AuditError: as many prompts as responses are needed; a conversation without a chat template; a feature
+                out of range, or one that did not vary in the calibration.
+        """
+        if len(prompts) != len(responses):
+            raise AuditError(
+                f"There are {len(prompts)} prompts and {len(responses)} responses; pass one prompt a response."
+            )
+        rows = [self.tokenize(*pair) for pair in zip(prompts, responses, strict=True)]
+        return self.score_ids([row[0] for row in rows], [row[1] for row in rows], features)
+
+    def score_ids(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], features: Sequence[int]
+    ) -> Tensor:
+        """Scores of token ids of the scorer's own tokenizer, without padding: [responses, features]."""
+        self._check_features(features)
+        rows = [(tuple(prompt), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)]
+        keys = [_key(row, features) for row in rows]
+        known = {key: self._recall(key) for key in keys}
+        missing = list({key: row for key, row in zip(keys, rows, strict=True) if known[key] is None}.items())
+        missing.sort(key=lambda item: len(item[1][0]) + len(item[1][1]))
+        for start in range(0, len(missing), self.batch_size):
+            part = missing[start : start + self.batch_size]
+            pooled = self._read([row for _, row in part], torch.tensor(list(features)))
+            for (key, _), values in zip(part, pooled.tolist(), strict=True):
+                known[key] = tuple(values)
+                self._remember(key, tuple(values))
+        raw = torch.tensor([known[key] for key in keys], dtype=torch.float32)
+        return self.standardise(raw.reshape(len(rows), len(features)), features)
+
+    @torch.no_grad()
+    def pool(self, hidden: Tensor, counted: Tensor, features: Tensor | None = None) -> Tensor:
+        """Raw scores from hidden states that someone else has computed.
+
+        Args:
+            hidden: [rows, tokens, d_model] at the dictionary's hook point.
+            counted: [rows, tokens], bool: which tokens are the response's.
+            features: [k]; all features by default.
+
+        Returns:
+            [rows, k or d_sae] float32 on the device of `hidden`; NaN in a row of no counted token.
+
+        Raises:
+            AuditError: a score that is not finite.
+        """
+        dictionary = self.dictionary = self.dictionary.to(hidden.device)
+        if self.pooling == "last":
+            counted = counted & (counted.cumsum(1) == counted.sum(1, keepdim=True))
+        counts = counted.sum(1)
+        rows = counted.nonzero()[:, 0]
+        tokens = hidden[counted]
+        pooled = torch.full(
+            (len(hidden), dictionary.d_sae if features is None else len(features)),
+            -torch.inf if self.pooling == "max" else 0.0,
+            device=hidden.device,
+        )
+        width = max(1, _CHUNK_BYTES // (4 * dictionary.d_sae))
+        for part, of_row in zip(tokens.split(width), rows.split(width), strict=True):
+            activations = dictionary.encode(part)
+            if features is not None:
+                activations = activations[:, features.to(hidden.device)]
+            if self.pooling == "max":
+                index = of_row[:, None].expand_as(activations)
+                pooled.scatter_reduce_(0, index, activations, "amax")
+            else:
+                belongs = of_row[None, :] == torch.arange(len(hidden), device=hidden.device)[:, None]
+                pooled += belongs.to(activations.dtype) @ activations
+        if self.pooling == "mean":
+            pooled /= counts[:, None]
+        if not bool(pooled[counts > 0].isfinite().all()):
+            raise AuditError(
+                "A feature score is not finite: the scorer's model overflowed. Load it in bfloat16 or float32."
+            )
+        pooled[counts == 0] = torch.nan
+        return pooled
+
+    def standardise(self, raw: Tensor, features: Sequence[int]) -> Tensor:
+        """Raw scores [rows, features] as z-scores if calibrated; 0 in rows of no counted token.
+
+        Raises:
+            AuditError: a feature that did not vary in the calibration.
+        """
+        if self.mean is not None and self.deviation is not None:
+            index = torch.tensor(list(features), dtype=torch.long)
+            mean, deviation = self.mean[index], self.deviation[index]
+            dead = (deviation <= _UNVARYING * mean.abs()).nonzero()
+            if len(dead):
+                raise AuditError(
+                    f"Feature {features[int(dead[0])]} was the same in all {self.calibration_size} calibration "
+                    "responses, so it has no z-score; calibrate on more or other responses, or take the flag out."
+                )
+            raw = (raw - mean) / deviation
+        return raw.nan_to_num(nan=0.0)
+
+    # Calibration
+
+    def calibrate(self, texts: Iterable[str | tuple[Text, Text]]) -> FeatureScorer:
+        """Make scores z-scores: mean and standard deviation of every feature over reference responses.
+
+        Args:
+            texts: (prompt, response) pairs, or responses alone. Take them from the reference model (or the
+                data it was trained on): z = 0 is then what that model does, and the target of AdaptivePenalty.
+
+        Raises:
+            AuditError: fewer than two responses with tokens to score.
+        """
+        rows = [self.tokenize(*((None, text) if isinstance(text, str) else text)) for text in texts]
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        total = torch.zeros(self.dictionary.d_sae, dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        n = 0
+        shift: Tensor | None = None
+        for start in range(0, len(rows), self.batch_size):
+            pooled = self._read(rows[start : start + self.batch_size], None).double()
+            pooled = pooled[~pooled.isnan().any(1)]
+            if not len(pooled):
+                continue
+            if shift is None:
+                shift = pooled[0]
+            n += len(pooled)
+            total += (pooled - shift).sum(0)
+            squares += (pooled - shift).square().sum(0)
+        if n < 2 or shift is None:
+            raise AuditError(
+                f"{n} calibration response(s) have tokens to score; give at least two, better some hundred."
+            )
+        variance = (squares - total.square() / n).clamp_min(0) / (n - 1)
+        self.mean = (shift + total / n).float()
+        self.deviation = variance.sqrt().float()
+        self.calibration_size = n
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What calibration found, and what it holds for."""
+        return {
+            "identity": self.dictionary.identity,
+            "pooling": self.pooling,
+            "calibration_size": self.calibration_size,
+            "mean": self.mean,
+            "deviation": self.deviation,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a calibration.
+
+        Raises:
+            AuditError: of another dictionary or another pooling.
+        """
+        if state["identity"] != self.dictionary.identity:
+            raise AuditError(
+                f"The calibration was made with a dictionary of content {state['identity'][:12]}…, not with "
+                f"{self.dictionary.name!r} ({self.dictionary.identity[:12]}…); calibrate again."
+            )
+        if state["pooling"] != self.pooling:
+            raise AuditError(
+                f"The calibration was made with pooling {state['pooling']!r}, and this scorer pools by "
+                f"{self.pooling!r}; pass pooling={state['pooling']!r} or calibrate again."
+            )
+        self.mean, self.deviation = state["mean"], state["deviation"]
+        self.calibration_size = int(state["calibration_size"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration as safetensors."""
+        state = self.state_dict()
+        tensors = {name: state[name] for name in ("mean", "deviation") if state[name] is not None}
+        header = {name: str(state[name]) for name in ("identity", "pooling", "calibration_size")}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(path), metadata=header)
+
+    def load(self, path: str | Path) -> FeatureScorer:
+        """Read what `save` wrote.
+
+        Raises:
+            AuditError: missing or damaged, of another dictionary or another pooling.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as stored:
+                header = stored.metadata()
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            state = {name: header[name] for name in ("identity", "pooling", "calibration_size")}
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise AuditError(
+                f"{path} is not a calibration that can be read ({error}); calibrate again."
+            ) from error
+        self.load_state_dict({**state, "mean": tensors.get("mean"), "deviation": tensors.get("deviation")})
+        return self
+
+    # Texts
+
+    def tokenize(self, prompt: Text, response: Text) -> tuple[Ids, Ids]:
+        """Token ids of a prompt and of the response after it, each tokenized on its own.
+
+        Raises:
+            AuditError: a conversation, and the tokenizer has no chat template.
+        """
+        before, after = self._render(prompt, response)
+        return self._ids(before, begins=True), self._ids(after, begins=False)
+
+    def _render(self, prompt: Text, response: Text) -> tuple[str, str]:
+        if not prompt:
+            return "", _plain(response)
+        if isinstance(prompt, str):
+            return prompt, _plain(response)
+        if self.tokenizer.chat_template is None:
+            raise AuditError(
+                "The prompt is a conversation, but the scorer's tokenizer has no chat template; pass the tokenizer of a "
+                "chat model, or plain text."
+            )
+        messages = [dict(message) for message in prompt]
+        before = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else response or []
+        whole = str(self.tokenizer.apply_chat_template([*messages, *answer], tokenize=False))
+        return before, whole[len(before) :] if whole.startswith(before) else _plain(response)
+
+    def _ids(self, text: str, *, begins: bool) -> Ids:
+        bos = self.tokenizer.bos_token
+        special = begins and not (bos is not None and text.startswith(str(bos)))
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        if special and ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return tuple(ids)
+
+    # The forward pass
+
+    @torch.no_grad()
+    def _read(self, rows: Sequence[tuple[Ids, Ids]], features: Tensor | None) -> Tensor:
+        """Raw scores [rows, features] on the CPU, NaN in a row with nothing to score."""
+        cut = [(prompt + response)[-self.max_length :] for prompt, response in rows]
+        longest = max(1, *map(len, cut))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        attended = torch.zeros_like(ids)
+        counted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, (tokens, (_, response)) in enumerate(zip(cut, rows, strict=True)):
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            attended[row, : max(1, len(tokens))] = 1
+            for place in range(max(1, len(tokens) - len(response)), len(tokens)):
+                counted[row, place] = tokens[place] not in self._special
+        hidden = hidden_states(self.point, {"input_ids": ids, "attention_mask": attended})
+        return self.pool(hidden, counted.to(hidden.device), features).cpu()
+
+    def _check_features(self, features: Sequence[int]) -> None:
+        for feature in features:
+            if not 0 <= feature < self.dictionary.d_sae:
+                raise AuditError(
+                    f"Feature {feature} is not in dictionary {self.dictionary.name!r}, which has 0 to "
+                    f"{self.dictionary.d_sae - 1}."
+                )
+
+    def _recall(self, key: bytes) -> tuple[float, ...] | None:
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
+
+    def _remember(self, key: bytes, values: tuple[float, ...]) -> None:
+        self._cache[key] = values
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+
+
+def _key(row: tuple[Ids, Ids], features: Sequence[int]) -> bytes:
+    return hashlib.sha256(repr((*row, tuple(features))).encode()).digest()
+
+
+def _plain(response: Text) -> str:
+    if isinstance(response, str) or response is None:
+        return response or ""
+    return "".join(str(message.get("content") or "") for message in response)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: nn.Module) -> None:
+    embeddings = decoder.get_input_embeddings()  # type: ignore[operator]
+    if len(tokenizer) > embeddings.num_embeddings:
+        raise AuditError(
+            f"The tokenizer has {len(tokenizer)} tokens but {type(decoder).__name__} embeds "
+            f"{embeddings.num_embeddings}: it is another model's. Pass the tokenizer of the scorer's model."
+        )

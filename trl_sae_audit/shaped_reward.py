@@ -1,0 +1,165 @@
+"""A reward function for GRPO, RLOO and OnlineDPO, with a penalty on flagged features taken off it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import AuditError
+from .flags import Flag
+from .penalties import Penalty
+from .probe import evaluation_mode
+from .rollout import trainer_of_function
+from .scorer import FeatureScorer
+from .shaping import Shaper, checked_rewards
+
+
+class ShapedReward:
+    """`r' = r − penalty`, to pass in `reward_funcs`.
+
+    Keeps the inner reward's name for the trainer's logs, hands every keyword on, leaves None as None, and logs
+    through `log_metric` where the trainer has it: `shaping/reward`, `shaping/penalty`, `shaping/penalty_share`,
+    `shaping/{label}/score` and `shaping/{label}/coefficient`. Of an async reward the shaped one is async too.
+
+    Args:
+        reward: a function `f(prompts, completions, completion_ids, **kwargs)` → numbers or None, async or not; or a
+            sequence classification model of one label.
+        scorer: frozen model and dictionary.
+        flags: of the scorer's dictionary.
+        penalty: FixedPenalty, AdaptivePenalty, or a coefficient.
+        reward_tokenizer: of a reward that is a model.
+
+    Raises:
+        AuditError: flags that do not fit the scorer; a model without tokenizer; and when called, a reward that is
+            NaN or no single number.
+
+    Example:
+
+    ```python
+    shaped = ShapedReward(my_reward, scorer, flags, penalty=AdaptivePenalty())
+    trainer = GRPOTrainer(model, reward_funcs=shaped, callbacks=[ShapingCallback(shaped)], ...)
+    ```
+    """
+
+    def __new__(cls, reward: Any, *args: Any, **kwargs: Any) -> ShapedReward:
+        chosen = _AsyncShapedReward if cls is ShapedReward and _is_async(reward) else cls
+        return object.__new__(chosen)
+
+    def __init__(
+        self,
+        reward: Callable[..., Any] | nn.Module,
+        scorer: FeatureScorer | None,
+        flags: Iterable[Flag],
+        penalty: Penalty | float,
+        *,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if not callable(reward):
+            raise AuditError(f"The reward is a {type(reward).__name__}; pass a function or a reward model.")
+        self.shaper = Shaper(scorer, flags, penalty)
+        self.__name__ = _name_of(reward)
+        self._inner: Callable[..., Any] = (
+            model_as_function(reward, reward_tokenizer) if isinstance(reward, nn.Module) else reward
+        )
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Any:
+        learning = self._begin(kwargs)
+        return self._shape(prompts, completions, self._ask(prompts, completions, kwargs), kwargs, learning)
+
+    def _ask(self, prompts: Sequence[Any], completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return self._inner(prompts=prompts, completions=completions, **kwargs)
+
+    def _begin(self, kwargs: dict[str, Any]) -> bool:
+        trainer = trainer_of_function(kwargs)
+        learning = trainer is None or bool(trainer.model.training)
+        self.shaper.begin(trainer, learning=learning)
+        return learning
+
+    def _shape(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        returned: Any,
+        kwargs: dict[str, Any],
+        learning: bool,
+    ) -> list[float | None]:
+        rewards = checked_rewards(returned, len(completions), self.__name__)
+        off = self.shaper.penalties(self.shaper.score(prompts, completions), rewards, learning=learning)
+        if "log_metric" in kwargs:
+            for name, value in self.shaper.metrics.items():
+                kwargs["log_metric"](name, value)
+        return [
+            None if reward is None else reward - less
+            for reward, less in zip(rewards, off.tolist(), strict=True)
+        ]
+
+
+class _AsyncShapedReward(ShapedReward):
+    """The shaped form of an async reward. Coefficients move before the first await, so that several async
+    rewards communicate in the same order on every process."""
+
+    async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Any:
+        learning = self._begin(kwargs)
+        returned = await self._ask(prompts, completions, kwargs)
+        return self._shape(prompts, completions, returned, kwargs, learning)
+
+
+def model_as_function(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[..., list[float]]:
+    """A sequence classification model as a reward function of texts, tokenized as TRL does for its reward models.
+
+    Raises:
+        AuditError: no tokenizer; more than one label.
+    """
+    if tokenizer is None:
+        raise AuditError(
+            f"The reward is the model {type(model).__name__}; pass its tokenizer as reward_tokenizer=."
+        )
+    if isinstance(model, PreTrainedModel) and model.config.num_labels != 1:
+        raise AuditError(
+            f"Reward model {_name_of(model)!r} has {model.config.num_labels} labels, so its reward is not one number; "
+            "load it with num_labels=1, or pass a function that combines them."
+        )
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        texts = [joined_text(*pair, tokenizer) for pair in zip(prompts, completions, strict=True)]
+        batch = tokenizer(
+            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+        )
+        device = next(model.parameters()).device
+        with torch.inference_mode(), evaluation_mode(model):
+            logits = model(**{name: values.to(device) for name, values in batch.items()}).logits
+        return logits[:, 0].float().tolist()
+
+    return reward
+
+
+def joined_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt and completion as the one text TRL gives a reward model."""
+    if isinstance(prompt, str):
+        return prompt + completion
+    return str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+
+
+def _name_of(reward: Any) -> str:
+    """What TRL would call the reward in its logs."""
+    if isinstance(reward, PreTrainedModel):
+        return reward.config.name_or_path.split("/")[-1] or type(reward).__name__
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward.__name__ if hasattr(reward, "__name__") else type(reward).__name__
+
+
+def _is_async(reward: Any) -> bool:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    if isinstance(reward, nn.Module) or not callable(reward):
+        return False
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__)
