@@ -44,7 +44,7 @@ def test_metrics_are_in_the_trainers_log_and_its_reporters(tmp_path: Path) -> No
     expected = {
         *(f"sae/one/{name}" for name in ("attribution", "share", "chosen", "rejected", "drift")),
         *(f"sae/top{rank}/{name}" for rank in (1, 2, 3) for name in ("feature", "attribution")),
-        *("sae/grad_norm", "sae/coverage", "sae/fvu", "sae/l0"),
+        *("sae/grad_norm", "sae/coverage", "sae/fvu", "sae/token_fvu", "sae/l0"),
     }
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert expected <= logged[0].keys()

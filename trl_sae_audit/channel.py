@@ -182,6 +182,7 @@ class Channel:
         return {
             "dictionary": [self.dictionary.name],
             "fvu": [self.health.fvu],
+            "token_fvu": [self.health.token_fvu],
             "l0": [self.health.l0],
             "tokens": [self.health.tokens],
         }

@@ -17,7 +17,8 @@ def of_channel(
 
     `{prefix}/{label}/attribution`, `/share` and one entry for each side; `{prefix}/top{n}/feature` and
     `/attribution` for the features with the largest mean attribution; `{prefix}/grad_norm`, ‖G‖;
-    `{prefix}/coverage`, the part of ‖G‖² the step's top features span; `{prefix}/fvu` and `/l0`.
+    `{prefix}/coverage`, the part of ‖G‖² the step's top features span; `{prefix}/fvu`,
+    `/token_fvu` and `/l0`, see Health.
     """
     window = channel.take_window()
     logged: dict[str, float] = {}
@@ -35,6 +36,7 @@ def of_channel(
             logged[f"{prefix}/top{rank}/attribution"] = float(window.attribution[feature])
     if channel.health is not None:
         logged[f"{prefix}/fvu"] = channel.health.fvu
+        logged[f"{prefix}/token_fvu"] = channel.health.token_fvu
         logged[f"{prefix}/l0"] = channel.health.l0
     if channel.totals.nonfinite_steps:
         logged[f"{prefix}/nonfinite_steps"] = channel.totals.nonfinite_steps
