@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -28,10 +28,13 @@ from .audit_statistics import Settings, feature_statistics
 from .audit_store import AuditStore, Part, dictionary_header
 from .dictionary import FeatureDictionary
 from .errors import AuditError
+from .flags import Flag
 from .language_head import causal_model
+from .lookahead import Lookahead
 from .objectives import Loss, PreferenceLoss, TokenizedExample
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
 from .preflight import check_dictionary, model_name
+from .update_rule import UpdateRule
 
 if TYPE_CHECKING:
     from trl import DPOConfig
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FEATURES = "features.parquet"
+_LOOKAHEAD, _INFLUENCE = "lookahead.safetensors", "influence.safetensors"
 _SIDE_COLUMNS = ("", "_active")
 
 
@@ -63,6 +67,7 @@ class Audit:
         self.dictionary = store.dictionary()
         self.sides: tuple[str, str] = tuple(self.manifest["loss"]["sides"])
         self._frame: pd.DataFrame | None = None
+        self._lookahead: Lookahead | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Audit:
@@ -118,11 +123,18 @@ class Audit:
         at equal length (least squares). With an encoder also: activation_attribution, `-Σ a_f⟨g, ∂h/∂a_f⟩`; the
         share of answers of each side in which the feature is active, their difference (disparity) with its p_value,
         mean_activation_difference and max_activation_difference, active_examples. After a lookahead:
-        predicted_change.
+        predicted_change, of the mean activation on the probe by one optimizer step on this data, and
+        probe_activation, what that mean is before.
         """
         if self._frame is None:
             self._frame = self._cached_features()
-        return self._frame.copy()
+        frame = self._frame.copy()
+        if self._store.has(_LOOKAHEAD):
+            order = frame["feature"].to_numpy()
+            arrays, _ = self._store.read_arrays(_LOOKAHEAD)
+            frame["predicted_change"] = arrays["predicted_change"][order]
+            frame["probe_activation"] = arrays["probe_activation"][order]
+        return frame
 
     def contributions(self, features: Sequence[int]) -> np.ndarray:
         """Each example's part of the attribution of some features: [n, len(features)], adding up to it over rows.
@@ -146,13 +158,63 @@ class Audit:
         parts = [_signed_sum(part.arrays, part.arrays.mean, features) for part in self._store.parts()]
         return np.concatenate(parts)
 
-    def influence_of(self, features: Sequence[int]) -> np.ndarray:
-        """What each example adds to the predicted change of some features: [n, features]; see `influence`.
+    def influence(self, flags: Iterable[Flag]) -> pd.DataFrame:
+        """What each example adds to the predicted change of flagged features, one row an example and flag.
+
+        Columns row, feature, label, influence; over the rows, and with what momentum and weight decay do besides, it
+        adds up to the feature's predicted_change. Kept with the audit once computed.
 
         Raises:
-            AuditError: if the influence on one of them was not computed.
+            AuditError: no lookahead was asked for, or, in an audit read from disk, this feature was not asked for then.
         """
-        raise AuditError("This audit has no influence; pass lookahead= to audit_preferences.")
+        flags = list(flags)
+        for flag in flags:
+            flag.check(self.dictionary)
+        values, rows = self.influence_of([flag.feature for flag in flags]), self.rows()
+        tables = [
+            pd.DataFrame(
+                {"row": rows, "feature": flag.feature, "label": flag.label, "influence": values[:, column]}
+            )
+            for column, flag in enumerate(flags)
+        ]
+        return pd.concat(tables, ignore_index=True)
+
+    def influence_of(self, features: Sequence[int]) -> np.ndarray:
+        """The same as an array [n, len(features)].
+
+        Raises:
+            AuditError: as `influence`.
+        """
+        self._directions(features)
+        if not self._store.has(_LOOKAHEAD):
+            raise AuditError("This audit has no influence; pass lookahead= to audit_preferences.")
+        known = self._store.read_arrays(_INFLUENCE)[0] if self._store.has(_INFLUENCE) else {}
+        missing = [feature for feature in features if str(feature) not in known]
+        if missing:
+            known = {**known, **self._new_influences(missing)}
+            self._store.write_arrays(_INFLUENCE, known, {})
+        return np.stack([known[str(feature)] for feature in features], axis=1)
+
+    def _new_influences(self, features: Sequence[int]) -> dict[str, np.ndarray]:
+        if self._lookahead is None:
+            raise AuditError(
+                f"The influence on feature {features[0]} was not computed when the audit was made, and needs the model: call "
+                "audit_preferences with the same arguments and output_dir, then ask again."
+            )
+        return {str(feature): self._lookahead.influence(feature)[0].double().numpy() for feature in features}
+
+    def look_ahead(self, lookahead: Lookahead, description: dict[str, Any]) -> None:
+        """Compute and keep every feature's predicted change, unless this very lookahead was kept before."""
+        self._lookahead = lookahead
+        if self._store.has(_LOOKAHEAD) and self._store.read_arrays(_LOOKAHEAD)[1] == description:
+            return
+        before, change = lookahead.mean_activations(), lookahead.predicted_change()
+        arrays = {
+            "probe_activation": before.cpu().double().numpy(),
+            "predicted_change": change.cpu().double().numpy(),
+        }
+        self._store.write_arrays(_LOOKAHEAD, arrays, description)
+        self._store.remove(_INFLUENCE)
 
     def rows(self) -> np.ndarray:
         """Number in the data of each example [n]."""
@@ -248,6 +310,8 @@ def audit_preferences(
     part_size: int = 512,
     activations: bool = True,
     on_bad_row: str = "stop",
+    lookahead: Source | None = None,
+    optimizer: UpdateRule | torch.optim.Optimizer | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Audit:
@@ -271,6 +335,10 @@ def audit_preferences(
         part_size: rows in a file of the audit.
         activations: also encode the answers, for disparity and activation attribution.
         on_bad_row: "stop" at a row that is no pair, or "set_aside".
+        lookahead: held-out pairs as a probe: also predict how one optimizer step on the whole dataset changes each
+            feature's mean activation on their answers. A second, dearer pass: parameter gradients of the dataset.
+        optimizer: whose step; an `UpdateRule`, or a running `torch.optim.AdamW` or `SGD` over the model's parameters;
+            by default the first step of a trainer with `args`.
         seed: of the random flips and splits of the statistics.
         progress: show a bar.
 
@@ -288,15 +356,35 @@ def audit_preferences(
     """
     if objective != "dpo":
         raise AuditError(f"objective is {objective!r}; choose 'dpo'.")
+    loss = PreferenceLoss(tokenizer, args)
     run = _Run(
         model,
         dictionary,
-        PreferenceLoss(tokenizer, args),
+        loss,
         reference=ref_model,
         settings=_settings(batch_size, part_size, activations, on_bad_row, seed),
         progress=progress,
     )
-    return run.over(dataset, PairCheck(), output_dir)
+    audit = run.over(dataset, PairCheck(), output_dir)
+    if lookahead is not None:
+        if PartialState().num_processes > 1:
+            raise AuditError(
+                "The lookahead runs in one process; run the audit again in one: its parts are kept."
+            )
+        run.look_ahead(audit, dataset, lookahead, _update_rule(optimizer, model, loss.trainer.args))
+    return audit
+
+
+def _update_rule(
+    optimizer: UpdateRule | torch.optim.Optimizer | None, model: nn.Module, args: DPOConfig
+) -> UpdateRule:
+    if isinstance(optimizer, UpdateRule):
+        return optimizer
+    rule = UpdateRule.from_args(args)
+    if optimizer is None:
+        return rule
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return UpdateRule.from_optimizer(optimizer, trained, rule.max_grad_norm)
 
 
 def _settings(batch_size: int, part_size: int, activations: bool, on_bad_row: str, seed: int) -> RunSettings:
@@ -339,6 +427,7 @@ class _Run:
         self.loss = loss
         self.settings = settings
         self.progress = progress
+        self._point, self._reference = point, reference
         self._pass = AuditPass(
             model, point, self.dictionary, loss, reference=reference, activations=settings.activations
         )
@@ -371,6 +460,36 @@ class _Run:
             weakref.finalize(audit, shutil.rmtree, directory, ignore_errors=True)
         _warn(audit)
         return audit
+
+    def look_ahead(self, audit: Audit, dataset: Source, probe: Source, rule: UpdateRule) -> None:
+        """Add a lookahead to the finished audit of `dataset`."""
+        rows = list(iterate_rows(probe))
+        check = PairCheck()
+        for row in rows:
+            problem = check(row)
+            if problem:
+                raise AuditError(f"Row {row.index} of the lookahead's probe {problem}; correct or remove it.")
+        held_out = self.loss.tokenize([(row.index, row.columns) for row in rows if row.columns is not None])
+        description = rule.describe() | {"probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest()}
+        lookahead = Lookahead(
+            self.model,
+            self._point,
+            self.dictionary,
+            self.loss,
+            rule,
+            lambda: self._audited_batches(audit, dataset),
+            lambda: batched(held_out, self.settings.batch_size),
+            reference=self._reference,
+        )
+        audit.look_ahead(lookahead, description)
+
+    def _audited_batches(self, audit: Audit, dataset: Source) -> Iterator[Sequence[TokenizedExample]]:
+        audited = set(audit.rows().tolist())
+        for rows in _chunks(dataset, self.settings.part_size):
+            good = [
+                (row.index, row.columns) for row in rows if row.columns is not None and row.index in audited
+            ]
+            yield from batched(self.loss.tokenize(good), self.settings.batch_size)
 
     def _write_parts(self, store: AuditStore, dataset: Source, check: PairCheck, state: PartialState) -> None:
         there = store.existing_parts()
@@ -514,6 +633,12 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def batched(examples: Sequence[TokenizedExample], size: int) -> Iterator[Sequence[TokenizedExample]]:
+    """`examples` in their order, `size` at a time."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
 
 
 def _chunks(dataset: Source, size: int) -> Iterator[list[Row]]:

@@ -94,7 +94,7 @@ class AuditPass:
         self.loss = loss
         self.activations = activations
         self._head = LanguageHead(model, point.decoder)
-        self._reference = None if reference is None else _Reference(reference)
+        self._reference = None if reference is None else Reference(reference)
 
     def run(self, examples: Sequence[TokenizedExample], batch_size: int) -> ExampleArrays:
         """Score examples, in batches of similar length; the result is in the order given."""
@@ -186,7 +186,7 @@ def active_features(
     )
 
 
-class _Reference:
+class Reference:
     """A reference model of its own, run without gradients."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -205,6 +205,25 @@ class AuditStore:
         """A file beside the parts, such as a cached table of features."""
         _write(self.directory / name, content)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name beside the parts."""
+        return (self.directory / name).is_file()
+
+    def write_arrays(
+        self, name: str, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]
+    ) -> None:
+        """Arrays in a file beside the parts, and what they are."""
+        _write(self.directory / name, safetensors_bytes(dict(arrays), {"part": json.dumps(description)}))
+
+    def read_arrays(self, name: str) -> tuple[dict[str, np.ndarray], Any]:
+        """What `write_arrays` wrote."""
+        arrays, metadata = _load(self.directory / name, None)
+        return arrays, json.loads(metadata["part"])
+
+    def remove(self, name: str) -> None:
+        """Delete a file beside the parts, if it is there."""
+        (self.directory / name).unlink(missing_ok=True)
+
     def _write_manifest(self) -> None:
         _write(self.directory / MANIFEST, json.dumps(self.manifest, indent=2, default=str).encode())
 
@@ -228,10 +247,11 @@ def _visible(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if not path.name.startswith(".")]
 
 
-def _load(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _load(path: Path, names: Sequence[str] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            found = list(file.keys()) if names is None else names
+            return {name: file.get_tensor(name) for name in found}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise AuditError(
             f"{path} of the audit cannot be read ({error}); restore it from a copy, or delete it and audit again with "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from .errors import AuditError
 
@@ -45,8 +46,8 @@ class LanguageHead:
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log π(target | hidden) of [n, d_model] and [n] → [n]; in chunks, without a graph."""
-        parts = [self.log_probs(some, target) for some, target in self._chunks(hidden, targets)]
-        return torch.cat(parts) if parts else _no_scores(hidden)
+        parts = [self.log_probs(hidden[part], targets[part]) for part in self.chunks(len(hidden))]
+        return torch.cat(parts)
 
     def slopes(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As `score`, with its derivative by `hidden` [n, d_model]; in chunks.
@@ -55,28 +56,23 @@ class LanguageHead:
         asks for it, and no logits need be kept for a backward pass.
         """
         values, derivatives = [], []
-        for some, target in self._chunks(hidden, targets):
-            leaf = some.detach().requires_grad_(True)
+        for part in self.chunks(len(hidden)):
+            leaf = hidden[part].detach().requires_grad_(True)
             with torch.enable_grad():
-                value = self.log_probs(leaf, target)
+                value = self.log_probs(leaf, targets[part])
                 (derivative,) = torch.autograd.grad(value.sum(), leaf)
             values.append(value.detach())
             derivatives.append(derivative)
-        if not values:
-            return _no_scores(hidden), torch.zeros_like(hidden)
         return torch.cat(values), torch.cat(derivatives)
 
-    def _chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Slices of the tokens, at least one, such that the logits of each stay below 256 MiB."""
         width = max(1, _CHUNK_BYTES // (4 * self._vocabulary()))
-        for start in range(0, len(hidden), width):
-            yield hidden[start : start + width], targets[start : start + width]
+        for start in range(0, max(tokens, 1), width):
+            yield slice(start, min(start + width, tokens))
 
     def _vocabulary(self) -> int:
         return self.causal.get_output_embeddings().weight.shape[0]
-
-
-def _no_scores(hidden: Tensor) -> Tensor:
-    return hidden.new_zeros(0, dtype=torch.float32)
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -94,12 +90,25 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     )
 
 
+@dataclass
+class _DecoderOutput(ModelOutput):
+    """All that causal models read of their decoder's output; only the hidden state is there."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+    image_hidden_states: Any = None
+
+
 @contextmanager
 def _returning(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let `decoder` return `hidden` as its last hidden state, whatever it is called with."""
 
-    def forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+    def forward(*args: Any, **kwargs: Any) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=hidden)
 
     replaced = vars(decoder).get("forward")
     decoder.forward = forward

@@ -12,6 +12,7 @@ from rich.table import Table
 from trl import DPOConfig
 
 from ..audit import Audit, audit_preferences
+from ..flags import FlagSet
 from ..sae import load_dictionary
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments
@@ -50,6 +51,18 @@ class AuditArguments:
     on_bad_row: Literal["stop", "set_aside"] = field(
         default="stop", metadata={"help": "What to do at a row that is no pair."}
     )
+    lookahead: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out pairs: also predict what one AdamW step on the data does to each feature on them. Takes about "
+            "as long as an epoch of training."
+        },
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "Of that step."})
+    influence: str | None = field(
+        default=None,
+        metadata={"help": "A file of flags: each example's part in the predicted change of those."},
+    )
     seed: int = field(default=0, metadata={"help": "Of the random flips and splits of the statistics."})
     top: int = field(default=10, metadata={"help": "Features to print."})
 
@@ -67,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
         beta=arguments.beta,
         label_smoothing=arguments.label_smoothing,
         max_length=arguments.max_length,
+        learning_rate=arguments.learning_rate,
         bf16=False,
         report_to="none",
     )
@@ -81,8 +95,11 @@ def main(argv: Sequence[str]) -> int:
         part_size=arguments.part_size,
         activations=arguments.activations,
         on_bad_row=arguments.on_bad_row,
+        lookahead=arguments.lookahead,
         seed=arguments.seed,
     )
+    if arguments.influence:
+        audit.influence(FlagSet.load(arguments.influence).of(audit.dictionary))
     if PartialState().is_main_process:
         show(audit, arguments.top, Console())
     return 0
@@ -94,16 +111,15 @@ def show(audit: Audit, top: int, console: Console) -> None:
     first, second = audit.sides
     table = Table(title=f"{len(audit)} examples, {len(features)} features", title_justify="left")
     columns = ["feature", "attribution", "± s.e.", first, second, "lift", "q", "q at equal length"]
-    if "disparity" in features:
-        columns.append("disparity")
+    optional = [name for name in ("disparity", "predicted_change") if name in features]
+    columns += [name.replace("_", " ") for name in optional]
     for column in columns:
         table.add_column(column, justify="right")
     for row in features.head(top).to_dict("records"):
         cells = [str(row["feature"])]
         cells += [f"{row[name]:+.3g}" for name in ("attribution", "standard_error", first, second)]
         cells += [f"{row['lift']:.1f}", f"{row['q_value']:.2g}", f"{row['length_q_value']:.2g}"]
-        if "disparity" in features:
-            cells.append(f"{row['disparity']:+.2f}")
+        cells += [f"{row[name]:+.2g}" for name in optional]
         table.add_row(*cells)
     console.print(table)
     significant = (features["q_value"] < 0.05).sum()

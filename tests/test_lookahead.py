@@ -1,0 +1,300 @@
+"""Lookahead in float64 against finite differences and real optimizers, full fine-tuning and LoRA."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from sae_lens import SAE
+from transformers import GPT2Config, GPT2LMHeadModel
+from worlds import D_MODEL, make_tokenizer, pairs
+
+from trl_sae_audit import AuditError, FeatureDictionary
+from trl_sae_audit.hook_points import resolve_hook_point
+from trl_sae_audit.lookahead import Lookahead
+from trl_sae_audit.objectives import PreferenceLoss
+from trl_sae_audit.sae import SaeLensEncoder
+from trl_sae_audit.update_rule import UpdateRule
+
+HOOK = "transformer.h.1"
+RULES = {
+    "adamw": UpdateRule("adamw", 1e-3, weight_decay=0.1, max_grad_norm=0.5),
+    "adamw without decay": UpdateRule("adamw", 1e-3),
+    "sgd": UpdateRule("sgd", 1e-2, max_grad_norm=None),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def make_gpt2(tokenizer, seed=0):
+    """LayerNorm stays in float64; Llama's RMSNorm computes in float32 whatever the weights are."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=D_MODEL, n_layer=3, n_head=4, pad_token_id=0
+    )
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model = GPT2LMHeadModel(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def with_lora(model):
+    torch.manual_seed(1)
+    adapters = LoraConfig(r=3, target_modules=["c_attn"], init_lora_weights=False)
+    return get_peft_model(model, adapters).double().eval()
+
+
+def directions(seed=2, dtype=torch.float64):
+    raw = torch.randn(40, D_MODEL, generator=torch.Generator().manual_seed(seed))
+    dictionary = FeatureDictionary(raw, HOOK, "raw")
+    dictionary.directions = dictionary.directions.to(dtype)
+    return dictionary
+
+
+def topk():
+    torch.manual_seed(4)
+    config = {
+        "architecture": "topk",
+        "d_in": D_MODEL,
+        "d_sae": 40,
+        "k": 5,
+        "dtype": "float64",
+        "device": "cpu",
+    }
+    sae = SAE.from_dict(config | {"metadata": {"hook_name": HOOK}})
+    return FeatureDictionary(sae.W_dec, HOOK, "topk", encoder=SaeLensEncoder(sae))
+
+
+def look(model, tokenizer, dictionary, rule, reference=None, method="auto", n=6):
+    loss = PreferenceLoss(tokenizer)
+    examples = loss.tokenize(list(enumerate(pairs(n))))
+    probe = loss.tokenize(list(enumerate(pairs(4, seed=9))))
+    return Lookahead(
+        model,
+        resolve_hook_point(model, HOOK),
+        dictionary,
+        loss,
+        rule,
+        lambda: [examples[:4], examples[4:]],
+        lambda: [probe[:3], probe[3:]],
+        reference=reference,
+        method=method,
+    )
+
+
+def mean_loss(model, tokenizer, reference, n=6):
+    """DPO's sigmoid loss written out, in float64."""
+    loss = PreferenceLoss(tokenizer)
+    batch = loss.collate(loss.tokenize(list(enumerate(pairs(n)))))
+
+    def sums(policy):
+        logits = policy(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        log_probs = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        return (log_probs * batch["completion_mask"][:, 1:]).sum(1)
+
+    policy = sums(model)
+    with torch.no_grad():
+        frozen = sums(reference) if reference is not None else policy.detach()
+    ratios = policy - frozen
+    return -torch.nn.functional.logsigmoid(0.1 * (ratios[:n] - ratios[n:])).mean()
+
+
+def torch_step(model, tokenizer, rule, reference):
+    """Δθ of a real optimizer, by difference."""
+    moved = copy.deepcopy(model)
+    parameters = [value for value in moved.parameters() if value.requires_grad]
+    if rule.kind == "adamw":
+        groups = [
+            {"params": [value for value in parameters if value.ndim > 1], "weight_decay": rule.weight_decay},
+            {"params": [value for value in parameters if value.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=rule.learning_rate, betas=rule.betas, eps=rule.eps)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=rule.learning_rate)
+    mean_loss(moved, tokenizer, reference).backward()
+    if rule.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, rule.max_grad_norm)
+    optimizer.step()
+    before = dict(model.named_parameters())
+    return {
+        name: value.detach() - before[name].detach()
+        for name, value in moved.named_parameters()
+        if value.requires_grad
+    }
+
+
+def mean_activation(model, tokenizer, encode):
+    """ā_f from the model's own hidden states, row by row."""
+    loss = PreferenceLoss(tokenizer)
+    total, tokens = 0.0, 0
+    for example in loss.tokenize(list(enumerate(pairs(4, seed=9)))):
+        batch = loss.collate([example])
+        states = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        ).hidden_states[2]
+        answer = states[batch["completion_mask"].bool()]
+        total, tokens = total + encode(answer).sum(0), tokens + len(answer)
+    return total / tokens
+
+
+def moved_by(model, step, factor):
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, value in moved.named_parameters():
+            if name in step:
+                value += factor * step[name]
+    return moved
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("sae", [directions, topk])
+@torch.no_grad()
+def test_predicted_change_is_the_derivative_along_the_real_optimizers_step(tokenizer, rule, adapters, sae):
+    model, dictionary = make_gpt2(tokenizer), sae()
+    if adapters:
+        model = with_lora(model)
+    reference = make_gpt2(tokenizer, seed=6)
+    found = look(model, tokenizer, dictionary, RULES[rule], reference).predicted_change()
+    with torch.enable_grad():
+        step = torch_step(model, tokenizer, RULES[rule], reference)
+    h = 1e-4
+    encode = dictionary.encoder.sae.encode if sae is topk else lambda hidden: hidden @ dictionary.directions.T
+    ahead, behind = (mean_activation(moved_by(model, step, sign * h), tokenizer, encode) for sign in (1, -1))
+    expected = (ahead - behind) / (2 * h)
+    assert expected.abs().max() > 0
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_influences_and_the_offset_add_up_to_the_predicted_change(tokenizer, rule, adapters):
+    model = make_gpt2(tokenizer)
+    if adapters:
+        model = with_lora(model)
+    lookahead = look(model, tokenizer, topk(), RULES[rule], make_gpt2(tokenizer, seed=6))
+    change = lookahead.predicted_change()
+    features = change.abs().topk(3).indices.tolist()
+    for feature in features:
+        influence, offset = lookahead.influence(feature)
+        assert len(influence) == 6
+        assert float(influence.sum()) + offset == pytest.approx(float(change[feature]), rel=1e-6)
+        if RULES[rule].weight_decay == 0:
+            assert offset == 0
+
+
+def test_influence_of_an_example_is_its_own_gradient_through_the_batchs_preconditioner(tokenizer):
+    model = make_gpt2(tokenizer)
+    lookahead = look(model, tokenizer, directions(), RULES["adamw"])
+    influence, _ = lookahead.influence(7)
+    update, activation = lookahead.update(), lookahead.activation_gradient(7)
+    loss = PreferenceLoss(tokenizer)
+    for index, example in enumerate(loss.tokenize(list(enumerate(pairs(6))))):
+        own = lookahead._gradient_of(loss.collate([example]))
+        expected = -sum(float((update.scale[name] * activation[name] * own[name]).sum()) for name in own) / 6
+        assert float(influence[index]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_small_real_step_changes_activations_as_predicted(tokenizer):
+    """Not a derivative along a given direction: gradient, optimizer and change, end to end."""
+    model, dictionary = make_gpt2(tokenizer), directions()
+    rule = UpdateRule("adamw", 1e-6)
+    lookahead = look(model, tokenizer, dictionary, rule)
+    change, before = lookahead.predicted_change(), lookahead.mean_activations()
+    after = look(moved_by(model, torch_step(model, tokenizer, rule, None), 1.0), tokenizer, dictionary, rule)
+    realised = after.mean_activations() - before
+    assert float((realised - change).abs().max() / change.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_the_next_step_of_a_running_optimizer(tokenizer, kind):
+    model = make_gpt2(tokenizer)
+    parameters = list(model.parameters())
+    optimizer = (
+        torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+        if kind == "adamw"
+        else torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=0.05)
+    )
+    for seed in (1, 2):
+        optimizer.zero_grad()
+        (mean_loss(model, tokenizer, make_gpt2(tokenizer, seed=6), n=3) * seed).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    named = dict(model.named_parameters())
+    rule = UpdateRule.from_optimizer(optimizer, named)
+    lookahead = look(model, tokenizer, topk(), rule, make_gpt2(tokenizer, seed=6))
+    step = lookahead.step()
+    change = lookahead.predicted_change()
+    influence, offset = lookahead.influence(int(change.abs().argmax()))
+    assert abs(offset) > 0
+    assert float(influence.sum()) + offset == pytest.approx(
+        float(change.abs().max() * change[change.abs().argmax()].sign()), rel=1e-6
+    )
+    before = {name: value.detach().clone() for name, value in named.items()}
+    mean_loss(model, tokenizer, make_gpt2(tokenizer, seed=6)).backward()
+    optimizer.step()
+    for name, value in named.items():
+        torch.testing.assert_close(value.detach() - before[name], step[name], rtol=1e-7, atol=1e-13)
+
+
+def test_finite_differences_are_close_where_forward_derivatives_are_not_to_be_had(tokenizer, monkeypatch):
+    model = make_gpt2(tokenizer)
+    exact = look(model, tokenizer, directions(), RULES["sgd"]).predicted_change()
+    lookahead = look(model, tokenizer, directions(), RULES["sgd"])
+
+    def unsupported(function, direction):
+        raise NotImplementedError("Trying to use forward AD with an operation that does not support it")
+
+    monkeypatch.setattr(lookahead, "_forward_derivative", unsupported)
+    found = lookahead.predicted_change()
+    assert lookahead.method == "finite_difference"
+    np.testing.assert_allclose(found.numpy(), exact.numpy(), atol=float(exact.abs().max()) * 1e-4)
+    single = look(
+        copy.deepcopy(model).float(),
+        tokenizer,
+        directions(dtype=torch.float32),
+        RULES["sgd"],
+        method="finite_difference",
+    )
+    rough = single.predicted_change().double()
+    assert float((rough - exact).abs().max() / exact.abs().max()) < 0.05
+
+
+def test_the_model_is_left_alone(tokenizer):
+    model = make_gpt2(tokenizer).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lookahead = look(model, tokenizer, topk(), RULES["adamw"])
+    lookahead.predicted_change()
+    lookahead.influence(0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.grad is None for value in model.parameters())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_refusals(tokenizer):
+    model = make_gpt2(tokenizer)
+    with pytest.raises(AuditError, match="choose one of"):
+        look(model, tokenizer, topk(), RULES["sgd"], method="guess")
+    with pytest.raises(AuditError, match="'adamw' or 'sgd'"):
+        UpdateRule("lion")
+    with pytest.raises(AuditError, match="a RMSprop"):
+        UpdateRule.from_optimizer(torch.optim.RMSprop(model.parameters()), dict(model.named_parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    with pytest.raises(AuditError, match="nesterov"):
+        UpdateRule.from_optimizer(optimizer, dict(model.named_parameters()))
+    optimizer = torch.optim.SGD([next(model.parameters())], lr=1e-3)
+    with pytest.raises(AuditError, match="does not hold"):
+        UpdateRule.from_optimizer(optimizer, dict(model.named_parameters()))
+    model.requires_grad_(False)
+    with pytest.raises(AuditError, match="No parameter"):
+        look(model, tokenizer, topk(), RULES["sgd"])
