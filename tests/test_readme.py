@@ -29,7 +29,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "DPOTrainer": DPOTrainer,
         "model": AutoModelForCausalLM.from_pretrained("model"),
         "tokenizer": tokenizer,
-        "dataset": worlds.pairs(8),
+        "pairs": worlds.pairs(8),
         "args": DPOConfig(
             output_dir="out", max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to="none"
         ),
