@@ -7,6 +7,7 @@ each, and projected onto the features once. Memory does not depend on the number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ from scipy import stats
 from .audit_store import Part
 from .statistics import benjamini_hochberg, standard_error_of_sum, two_sided_normal_p
 
-RADEMACHER = 3.178
-"""`P(|Σ s_i c_i| ≥ x) ≤ 3.178 · P(|N(0, Σc²)| ≥ x)` for random signs s, whatever c: the smallest such constant is
-`1 / (4·P(N ≥ √2))` (Bentkus & Dzindzalieta 2015, Bernoulli 21:1231)."""
+RADEMACHER = 1 / (4 * stats.norm.sf(math.sqrt(2)))
+"""3.178…, the smallest k with `P(|Σ s_i c_i| ≥ x) ≤ k · P(|N(0, Σc²)| ≥ x)` for random signs s, whatever c and x
+(Bentkus & Dzindzalieta 2015, Bernoulli 21:1231). It gives p-values below the `1 / (1 + flips)` that drawing reaches."""
 
 _COLUMNS = 2048
 
