@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .sae import load_dictionary
     from .scorer import FeatureScorer
     from .shaped_reward import ShapedReward
+    from .shaped_reward_model import ShapedRewardModel
     from .shaping_callback import ShapingCallback
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOME = {
     "FlagSet": "flags",
     "RunRecord": "record",
     "ShapedReward": "shaped_reward",
+    "ShapedRewardModel": "shaped_reward_model",
     "ShapingCallback": "shaping_callback",
     "audit_preferences": "audit",
     "filter_preferences": "filtering",
@@ -51,6 +53,7 @@ __all__ = [
     "FlagSet",
     "RunRecord",
     "ShapedReward",
+    "ShapedRewardModel",
     "ShapingCallback",
     "__version__",
     "audit_preferences",

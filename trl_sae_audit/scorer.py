@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .preflight import check_dictionary
-from .probe import hidden_states
+from .residual_stream import hidden_states
 
 POOLINGS = ("mean", "max", "last")
 _CHUNK_BYTES = 256 * 2**20
@@ -94,7 +94,7 @@ class FeatureScorer:
         self.deviation: Tensor | None = None
         self._special = frozenset(tokenizer.all_special_ids)
         self._cache: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()
-        _check_tokenizer(tokenizer, self.point.decoder)
+        check_tokenizer(tokenizer, self.point.decoder)
 
     @property
     def calibrated(self) -> bool:
@@ -393,7 +393,12 @@ def _plain(response: Text) -> str:
     return "".join(str(message.get("content") or "") for message in response)
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: nn.Module) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: nn.Module) -> None:
+    """Refuse a tokenizer with more tokens than the model embeds.
+
+    Raises:
+        AuditError: if so.
+    """
     embeddings = decoder.get_input_embeddings()  # type: ignore[operator]
     if len(tokenizer) > embeddings.num_embeddings:
         raise AuditError(

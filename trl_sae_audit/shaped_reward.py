@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import AuditError
 from .flags import Flag
 from .penalties import Penalty
-from .probe import evaluation_mode
+from .residual_stream import evaluation_mode
 from .rollout import trainer_of_function
 from .scorer import FeatureScorer
 from .shaping import Shaper, checked_rewards
@@ -63,7 +63,7 @@ class ShapedReward:
         if not callable(reward):
             raise AuditError(f"The reward is a {type(reward).__name__}; pass a function or a reward model.")
         self.shaper = Shaper(scorer, flags, penalty)
-        self.__name__ = _name_of(reward)
+        self.__name__ = name_of(reward)
         self._inner: Callable[..., Any] = (
             model_as_function(reward, reward_tokenizer) if isinstance(reward, nn.Module) else reward
         )
@@ -124,7 +124,7 @@ def model_as_function(
         )
     if isinstance(model, PreTrainedModel) and model.config.num_labels != 1:
         raise AuditError(
-            f"Reward model {_name_of(model)!r} has {model.config.num_labels} labels, so its reward is not one number; "
+            f"Reward model {name_of(model)!r} has {model.config.num_labels} labels, so its reward is not one number; "
             "load it with num_labels=1, or pass a function that combines them."
         )
 
@@ -148,7 +148,7 @@ def joined_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase
     return str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
 
 
-def _name_of(reward: Any) -> str:
+def name_of(reward: Any) -> str:
     """What TRL would call the reward in its logs."""
     if isinstance(reward, PreTrainedModel):
         return reward.config.name_or_path.split("/")[-1] or type(reward).__name__

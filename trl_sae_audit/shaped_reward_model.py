@@ -1,0 +1,465 @@
+"""A reward model with a penalty on flagged features taken off it, for trainers that want an `nn.Module`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import AuditError
+from .flags import Flag, FlagSet
+from .log_once import NextLog
+from .penalties import Penalty, penalty_from_settings
+from .rollout import text_rollout, token_rollout
+from .scorer import FeatureScorer, check_tokenizer
+from .shaped_reward import model_as_function, name_of
+from .shaping import Shaper, checked_rewards
+
+VERSION = 1
+_SHAPING, _FLAGS, _CALIBRATION, _REWARD = (
+    "shaping.json",
+    "flags.yaml",
+    "calibration.safetensors",
+    "reward_model",
+)
+
+
+@dataclass(frozen=True)
+class RewardAtEveryToken:
+    """What PPO takes for a backbone's output: it reads the last of `hidden_states` and passes it to `score`."""
+
+    hidden_states: tuple[Tensor]
+
+
+@dataclass(frozen=True)
+class RewardOfRows:
+    """What GRPO, RLOO and OnlineDPO read: [rows, 1]."""
+
+    logits: Tensor
+
+
+class ShapedRewardModel(nn.Module):
+    """`r' = r − penalty`, for PPOTrainer's `reward_model`, and for `reward_funcs` that are modules.
+
+    PPO never calls `forward`: it calls the backbone, takes the last hidden state, has `score` make [rows, tokens, 1] of
+    it and reads that at the last token of the response. Here the backbone does all of it and takes the penalty off at
+    every token, and `score` hands it through, so whichever token is read, the reward is the inner one minus the penalty.
+    Where the response begins, which PPO does not say, is read from its call (see rollout.py).
+
+    Any Python function can be the reward: it is called with decoded `prompts` and `completions` and their
+    `completion_ids`. Where the dictionary fits the reward model's own backbone (a scorer of that very model),
+    features are read from the reward's own forward pass, and cost no other.
+
+    It is always in evaluation mode, and moves to the device of what it is given.
+
+    Args:
+        reward: a sequence classification model with one label and a head called `score`; or a function
+            `f(prompts, completions, completion_ids)` → numbers, async or not.
+        scorer: frozen model and dictionary; not needed without flags.
+        flags: of the scorer's dictionary.
+        penalty: FixedPenalty, AdaptivePenalty, or a coefficient.
+        tokenizer: the policy's; the scorer's by default.
+        reward_tokenizer: the reward model's, where it is another than the policy's: in PPO texts are then decoded and
+            tokenized again. GRPO, RLOO and OnlineDPO take it as `reward_processing_classes`.
+
+    Raises:
+        AuditError: a model without backbone or `score`, or of several labels; a tokenizer that does not fit;
+            flags that do not fit the scorer. And when called, a reward that is NaN or no single number.
+
+    Example:
+
+    ```python
+    shaped = ShapedRewardModel(reward_model, scorer, flags, penalty=AdaptivePenalty())
+    trainer = PPOTrainer(args, tokenizer, policy, reference, reward_model=shaped, value_model=value_model, ...)
+    GRPOTrainer(policy, reward_funcs=shaped, reward_processing_classes=reward_tokenizer, ...)
+    ShapedRewardModel(lambda prompts, completions, **_: [len(c) for c in completions], tokenizer=tokenizer)
+    ```
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(
+        self,
+        reward: nn.Module | Callable[..., Any],
+        scorer: FeatureScorer | None = None,
+        flags: Iterable[Flag] = (),
+        penalty: Penalty | float | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        flags = FlagSet(flags)
+        if penalty is None and len(flags):
+            raise AuditError(
+                "There are flags but no penalty; pass penalty=AdaptivePenalty() or a coefficient."
+            )
+        if not callable(reward):
+            raise AuditError(f"The reward is a {type(reward).__name__}; pass a reward model or a function.")
+        self.name = name_of(reward)
+        self.shaper = Shaper(scorer, flags, 0.0 if penalty is None else penalty)
+        self.tokenizer = tokenizer if tokenizer is not None or scorer is None else scorer.tokenizer
+        self.reward_tokenizer = reward_tokenizer
+        self.inner: nn.Module | None = None
+        self.config = PretrainedConfig(name_or_path=self.name)
+        if isinstance(reward, nn.Module):
+            _check_reward_model(reward, reward_tokenizer or self.tokenizer)
+            self.inner = reward
+            if isinstance(reward, PreTrainedModel):
+                self.config = reward.config
+        elif self.tokenizer is None:
+            raise AuditError(
+                f"The reward is the function {self.name!r}, which reads text; pass the policy's tokenizer as tokenizer=."
+            )
+        self._of_texts = None if isinstance(reward, nn.Module) else reward
+        self._same_tokens = scorer is None or _same_vocabulary(self.tokenizer, scorer.tokenizer)
+        self._next_log = NextLog()
+        self.eval()
+
+    def train(self, mode: bool = True) -> ShapedRewardModel:
+        """Stays in evaluation mode: a reward with dropout is another reward every time."""
+        super().train(False)
+        return self
+
+    # PPO
+
+    def backbone(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        **ignored: Any,
+    ) -> RewardAtEveryToken:
+        """What TRL's get_reward calls: the shaped reward as a hidden state [rows, tokens, 1]."""
+        rollout = token_rollout()
+        self._move_to(input_ids.device)
+        self.shaper.begin(rollout.trainer, learning=rollout.learning)
+        attended = _until_padding(attention_mask.bool(), rollout.context_length)
+        prompts, responses = _split(input_ids, attended, rollout.context_length)
+        with self._capture() as captured:
+            logits = self._inner_logits(input_ids, attention_mask, position_ids, prompts, responses)
+        rows = torch.arange(len(logits), device=logits.device)
+        last = attended[:, rollout.context_length :].sum(1) - 1 + rollout.context_length
+        rewards = checked_rewards(logits[rows, last, 0].detach().float().cpu(), len(logits), self.name)
+        if captured and self._same_tokens:
+            counted = _response_tokens(input_ids, attended, rollout.context_length, self._special())
+            scores = self._scores_of(captured[0], counted)
+        elif self._same_tokens:
+            scores = self.shaper.score_ids(prompts, responses)
+        else:
+            scores = self.shaper.score(self._decode(prompts), self._decode(responses))
+        off = self.shaper.penalties(scores, rewards, learning=rollout.learning)
+        if rollout.trainer is not None and rollout.learning:
+            self._next_log.add(rollout.trainer, self.shaper.metrics)
+        return RewardAtEveryToken((_subtract(logits, off[:, None, None]),))
+
+    def score(self, hidden_state: Tensor) -> Tensor:
+        """Hands the reward that `backbone` put in place of a hidden state through: [rows, tokens, 1]."""
+        return hidden_state
+
+    # GRPO, RLOO, OnlineDPO
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> RewardOfRows:
+        """The shaped rewards of the texts the calling trainer wants judged.
+
+        Raises:
+            AuditError: called by no trainer.
+        """
+        rollout = text_rollout()
+        self._move_to(input_ids.device)
+        self.shaper.begin(rollout.trainer, learning=rollout.learning)
+        with self._capture() as captured:
+            if self.inner is not None:
+                logits = self.inner(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
+            else:
+                values = self._ask(rollout.prompts, rollout.completions, None)
+                logits = torch.tensor(values, device=input_ids.device)[:, None]
+        rewards = checked_rewards(logits.detach().float().cpu(), len(input_ids), self.name)
+        counted = None
+        if captured:
+            counted = self._as_the_scorer_reads(
+                input_ids, attention_mask, rollout.prompts, rollout.completions
+            )
+        if counted is not None:
+            scores = self._scores_of(captured[0], counted)
+        else:
+            scores = self.shaper.score(rollout.prompts, rollout.completions)
+        off = self.shaper.penalties(scores, rewards, learning=rollout.learning)
+        if rollout.learning:
+            self._next_log.add(rollout.trainer, self.shaper.metrics)
+        return RewardOfRows(_subtract(logits, off[:, None]))
+
+    # By hand
+
+    def rewards(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+        """Shaped rewards of texts as the coefficients are now; nothing moves by it.
+
+        Raises:
+            AuditError: a reward model of which no tokenizer is known.
+        """
+        of_texts = self._of_texts
+        if self.inner is not None:
+            of_texts = model_as_function(self.inner, self.reward_tokenizer or self.tokenizer)
+        returned = _call(of_texts, prompts, responses, None)
+        inner = checked_rewards(returned, len(responses), self.name)
+        off = self.shaper.penalties(self.shaper.score(prompts, responses), inner, learning=False)
+        return [_judged(reward, self.name) - less for reward, less in zip(inner, off.tolist(), strict=True)]
+
+    # To and from disk
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write reward model, flags, calibration and the penalty with its coefficients. A function is not written."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.inner is not None:
+            self.inner.save_pretrained(directory / _REWARD)  # type: ignore[operator]
+        self.shaper.flags.save(directory / _FLAGS)
+        if self.shaper.scorer is not None and self.shaper.scorer.calibrated:
+            self.shaper.scorer.save(directory / _CALIBRATION)
+        penalty = self.shaper.penalty
+        content = {
+            "version": VERSION,
+            "reward": self.name,
+            "kind": type(penalty).__name__,
+            "settings": penalty.settings(),
+            "state": penalty.state_dict(),
+        }
+        (directory / _SHAPING).write_text(json.dumps(content, indent=2))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        scorer: FeatureScorer | None = None,
+        *,
+        reward: nn.Module | Callable[..., Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        **model_arguments: Any,
+    ) -> ShapedRewardModel:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            directory: where.
+            scorer: of the same dictionary; it takes over the calibration that was saved.
+            reward: in place of the saved reward model; needed where it was a function.
+            tokenizer: as above.
+            reward_tokenizer: as above.
+            model_arguments: for the reward model's own `from_pretrained`, `dtype=` say.
+
+        Raises:
+            AuditError: incomplete, damaged, or of another version or dictionary.
+        """
+        directory = Path(directory)
+        content = _read_shaping(directory / _SHAPING)
+        if reward is None:
+            if not (directory / _REWARD).is_dir():
+                raise AuditError(
+                    f"The reward saved in {directory} was the function {content['reward']!r}, which is not in the files; "
+                    "pass it as reward=."
+                )
+            reward = AutoModelForSequenceClassification.from_pretrained(
+                directory / _REWARD, **model_arguments
+            )
+        if scorer is not None and (directory / _CALIBRATION).is_file():
+            scorer.load(directory / _CALIBRATION)
+        penalty = penalty_from_settings(content["kind"], content["settings"])
+        penalty.load_state_dict(content["state"])
+        flags = FlagSet.load(directory / _FLAGS)
+        return cls(reward, scorer, flags, penalty, tokenizer=tokenizer, reward_tokenizer=reward_tokenizer)
+
+    # Behind it
+
+    def _inner_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+    ) -> Tensor:
+        """The inner reward [rows, tokens, 1] as get_reward would have computed it."""
+        if self.inner is not None and self.reward_tokenizer is None:
+            model: Any = self.inner
+            output = getattr(model, model.base_model_prefix)(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                return_dict=True,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+            logits = model.score(output.hidden_states[-1])
+            if logits.shape[-1] != 1:
+                raise AuditError(
+                    f"Reward model {self.name!r} gives {logits.shape[-1]} numbers a token; load it with num_labels=1."
+                )
+            return logits
+        values = self._ask(self._decode(prompts), self._decode(responses), responses)
+        return torch.tensor(values, device=input_ids.device)[:, None, None].expand(*input_ids.shape, 1)
+
+    def _ask(self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any) -> list[float]:
+        of_texts = self._of_texts
+        if self.inner is not None:
+            of_texts = model_as_function(self.inner, self.reward_tokenizer)
+        returned = _call(of_texts, prompts, completions, completion_ids)
+        return [_judged(reward, self.name) for reward in checked_rewards(returned, len(prompts), self.name)]
+
+    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        if self.tokenizer is None:
+            raise AuditError(
+                "Texts must be decoded, but there is no tokenizer; pass the policy's as tokenizer=."
+            )
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def _special(self) -> Tensor:
+        scorer = self.shaper.scorer
+        return torch.tensor(sorted(set() if scorer is None else set(scorer.tokenizer.all_special_ids)))
+
+    def _scores_of(self, hidden: Tensor, counted: Tensor) -> Tensor:
+        """Signed scores from the hidden states of the reward's own forward pass."""
+        scorer, features = self.shaper.scorer, self.shaper.features
+        assert scorer is not None
+        raw = scorer.pool(hidden, counted.to(hidden.device), torch.tensor(features))
+        return self.shaper.signed(scorer.standardise(raw.cpu(), features))
+
+    def _as_the_scorer_reads(
+        self, input_ids: Tensor, attention_mask: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
+    ) -> Tensor | None:
+        """Which tokens are the responses', if the rows are to the token what the scorer would read; else None."""
+        scorer = self.shaper.scorer
+        assert scorer is not None
+        attended = attention_mask.bool()
+        counted = torch.zeros_like(attended)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            before, after = scorer.tokenize(prompt, completion)
+            if input_ids[row][attended[row]].tolist() != [*before, *after] or len(before) == 0:
+                return None
+            counted[row] = attended[row] & (attended[row].cumsum(0) > len(before))
+        return counted & ~torch.isin(input_ids, self._special().to(input_ids.device))
+
+    @contextlib.contextmanager
+    def _capture(self) -> Iterator[list[Tensor]]:
+        """The hidden states at the scorer's hook point, if the reward's own forward pass goes through it."""
+        captured: list[Tensor] = []
+        scorer = self.shaper.scorer
+        if scorer is None or not self.shaper.features or self.inner is None:
+            yield captured
+            return
+        if self.reward_tokenizer is not None or all(
+            module is not scorer.point.module for module in self.inner.modules()
+        ):
+            yield captured
+            return
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            captured.append((output[0] if isinstance(output, tuple) else output).detach())
+
+        handle = scorer.point.module.register_forward_hook(keep)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def _move_to(self, device: torch.device) -> None:
+        if self.inner is not None and next(self.inner.parameters()).device != device:
+            self.inner.to(device)
+        if self.shaper.scorer is not None:
+            self.shaper.scorer.to(device)
+
+
+def _until_padding(attended: Tensor, context_length: int) -> Tensor:
+    """`attended` [rows, tokens] with each response ending at its first padding, as PPO has it."""
+    response = attended[:, context_length:].long().cumprod(1).bool()
+    return torch.cat([attended[:, :context_length], response], 1)
+
+
+def _split(
+    input_ids: Tensor, attended: Tensor, context_length: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses without padding."""
+    rows = list(zip(input_ids, attended, strict=True))
+    prompts = [ids[:context_length][kept[:context_length]].tolist() for ids, kept in rows]
+    responses = [ids[context_length:][kept[context_length:]].tolist() for ids, kept in rows]
+    return prompts, responses
+
+
+def _response_tokens(input_ids: Tensor, attended: Tensor, context_length: int, special: Tensor) -> Tensor:
+    """Which tokens count for a score [rows, tokens]: the response's, but for special ones and the row's first."""
+    place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    counted = attended & (place >= context_length) & (attended.cumsum(1) > 1)
+    return counted & ~torch.isin(input_ids, special.to(input_ids.device))
+
+
+def _subtract(logits: Tensor, off: Tensor) -> Tensor:
+    """In float32 or better, returned in the logits' own type."""
+    return (logits.float() - off.to(logits.device, torch.float32)).to(logits.dtype)
+
+
+def _call(function: Any, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any) -> Any:
+    returned = function(prompts=prompts, completions=completions, completion_ids=completion_ids)
+    return asyncio.run(_awaited(returned)) if inspect.isawaitable(returned) else returned
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def _judged(reward: float | None, name: str) -> float:
+    if reward is None:
+        raise AuditError(
+            f"Reward {name!r} returned None, but a reward model must judge every response; return a number."
+        )
+    return reward
+
+
+def _check_reward_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    prefix = str(model.base_model_prefix) if hasattr(model, "base_model_prefix") else ""
+    if not prefix or not hasattr(model, prefix) or not hasattr(model, "score"):
+        missing = "no head called `score`" if prefix and hasattr(model, prefix) else "no backbone"
+        raise AuditError(
+            f"Reward model {type(model).__name__} has {missing}, which PPO needs; load it with "
+            "AutoModelForSequenceClassification.from_pretrained(…, num_labels=1), or pass a function that returns its "
+            "rewards."
+        )
+    if isinstance(model, PreTrainedModel):
+        if model.config.num_labels != 1:
+            raise AuditError(
+                f"Reward model {type(model).__name__} has {model.config.num_labels} labels, so its reward is not one "
+                "number; load it with num_labels=1, or pass a function that combines them."
+            )
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model)
+
+
+def _same_vocabulary(one: PreTrainedTokenizerBase | None, other: PreTrainedTokenizerBase) -> bool:
+    return one is not None and (one is other or one.get_vocab() == other.get_vocab())
+
+
+def _read_shaping(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        version = content["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AuditError(
+            f"{path} cannot be read ({type(error).__name__}); give a directory written by save_pretrained."
+        ) from error
+    if version != VERSION:
+        raise AuditError(
+            f"{path} has version {version!r}, and this version of trl-sae-audit reads {VERSION}."
+        )
+    return content
