@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import AuditError
     from .filtering import filter_preferences
     from .flags import Flag, FlagSet
+    from .margin import shape_preference_margin
     from .penalties import AdaptivePenalty, FixedPenalty
     from .record import RunRecord
     from .sae import load_dictionary
@@ -39,6 +40,7 @@ _HOME = {
     "audit_preferences": "audit",
     "filter_preferences": "filtering",
     "load_dictionary": "sae",
+    "shape_preference_margin": "margin",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "audit_preferences",
     "filter_preferences",
     "load_dictionary",
+    "shape_preference_margin",
 ]
 
 

@@ -1,0 +1,137 @@
+"""DPO's form of a shaped reward: a shift of the margin, through the reference log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import AuditError
+from .flags import Flag
+from .penalties import FixedPenalty, Penalty
+from .scorer import FeatureScorer
+from .shaping import Shaper
+
+_SIDES = ("chosen", "rejected")
+_SHIFT = "shaping_{}"
+
+
+def shape_preference_margin(
+    dataset: Dataset,
+    scorer: FeatureScorer,
+    flags: Iterable[Flag],
+    penalty: FixedPenalty | float,
+    *,
+    beta: float,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Dataset:
+    """A preference set on which DPO's loss is that of the shaped reward.
+
+    DPO fits an implicit reward whose margin is `βΔ`, with `Δ = (log π⁺ − log π_ref⁺) − (log π⁻ − log π_ref⁻)`. To fit
+    `r − p(y)` instead, the loss is
+
+        −log σ(βΔ − (p⁺ − p⁻)),     p = clip(λ·Σ_f w_f·s_f(x, y), ±clip)
+
+    which is what DPO computes with `log π_ref + p/β` in place of `log π_ref`: no subclass, no other loss. It holds for every
+    loss of DPOTrainer that is a function of `Δ` (sigmoid, hinge, ipo, …), with the same shift inside. The trainer's
+    `rewards/*` metrics are then those of the shifted reference.
+
+    Args:
+        dataset: with `ref_chosen_logps` and `ref_rejected_logps`: `trainer.train_dataset` of a DPOTrainer made with
+            `precompute_ref_log_probs=True`.
+        scorer: frozen model and dictionary.
+        flags: of the scorer's dictionary.
+        penalty: λ, or a FixedPenalty of constant scale.
+        beta: the trainer's β.
+        tokenizer: the trainer's; the scorer's by default.
+
+    Returns:
+        The dataset with both columns shifted, and `shaping_chosen`, `shaping_rejected`, the p of each answer.
+
+    Raises:
+        AuditError: columns that are missing; a dataset shaped already; a penalty that needs rollouts; β not above 0.
+
+    Example:
+
+    ```python
+    trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True, ...), train_dataset=dataset, ...)
+    trainer.train_dataset = shape_preference_margin(trainer.train_dataset, scorer, flags, 0.5, beta=trainer.args.beta)
+    trainer.train()
+    ```
+    """
+    _check_dataset(dataset)
+    _check_penalty(penalty)
+    if not beta > 0:
+        raise AuditError(f"beta is {beta}; pass the trainer's own, trainer.args.beta.")
+    shaper = Shaper(scorer, flags, penalty)
+    for side in _SIDES:
+        column = f"ref_{side}_logps"
+        off = shaper.penalty(_scores(shaper, scorer, dataset, side, tokenizer), shaper.weights)
+        logps = torch.tensor(dataset[column][:], dtype=torch.float64)
+        if not bool(logps.isfinite().all()):
+            raise AuditError(
+                f"Column {column!r} has values that are not finite; let the trainer precompute it again."
+            )
+        dataset = dataset.remove_columns(column)
+        dataset = dataset.add_column(column, (logps + off / beta).tolist())
+        dataset = dataset.add_column(_SHIFT.format(side), off.tolist())
+    return dataset
+
+
+def _scores(
+    shaper: Shaper,
+    scorer: FeatureScorer,
+    dataset: Dataset,
+    side: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor:
+    """Signed scores [rows, flags]: of the trainer's own tokens where the scorer has the same, else of the texts."""
+    if f"{side}_ids" in dataset.column_names:
+        prompts, answers = dataset["prompt_ids"][:], dataset[f"{side}_ids"][:]
+        if tokenizer is None or tokenizer.get_vocab() == scorer.tokenizer.get_vocab():
+            return shaper.score_ids(prompts, answers)
+        return shaper.score(_decode(tokenizer, prompts), _decode(tokenizer, answers))
+    return shaper.score(dataset["prompt"][:], dataset[side][:])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _check_dataset(dataset: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise AuditError(
+            f"The dataset is a {type(dataset).__name__}; pass a datasets.Dataset, the trainer's train_dataset say."
+        )
+    columns = set(dataset.column_names)
+    if {_SHIFT.format(side) for side in _SIDES} & columns:
+        raise AuditError(
+            "The dataset's margin is shifted already; pass the one with the reference log-probabilities as computed."
+        )
+    missing = {f"ref_{side}_logps" for side in _SIDES} - columns
+    if missing:
+        raise AuditError(
+            f"The dataset has no {' and no '.join(sorted(missing))}; make the DPOTrainer with "
+            "precompute_ref_log_probs=True and pass its train_dataset."
+        )
+    by_tokens = {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns
+    if not by_tokens and not {"prompt", "chosen", "rejected"} <= columns:
+        raise AuditError(
+            "The dataset has neither prompt, chosen and rejected nor their token ids; pass the trainer's train_dataset."
+        )
+
+
+def _check_penalty(penalty: Penalty | float) -> None:
+    if isinstance(penalty, Penalty) and not isinstance(penalty, FixedPenalty):
+        raise AuditError(
+            f"{type(penalty).__name__} learns from the policy's own responses, and DPO samples none; pass FixedPenalty(…)."
+        )
+    if isinstance(penalty, FixedPenalty) and (penalty.relative or penalty.warmup):
+        raise AuditError(
+            "The margin is shifted once, before training: the penalty can have no warm-up and no scale relative to a "
+            "running reward; pass FixedPenalty(λ, clip=…)."
+        )
