@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .audit import Audit, audit_preferences
+    from .audit import Audit, audit_preferences, audit_reward_model
     from .callback import FeatureAttributionCallback
     from .dictionary import FeatureDictionary
     from .errors import AuditError
@@ -38,6 +38,7 @@ _HOME = {
     "ShapedRewardModel": "shaped_reward_model",
     "ShapingCallback": "shaping_callback",
     "audit_preferences": "audit",
+    "audit_reward_model": "audit",
     "filter_preferences": "filtering",
     "load_dictionary": "sae",
     "shape_preference_margin": "margin",
@@ -59,6 +60,7 @@ __all__ = [
     "ShapingCallback",
     "__version__",
     "audit_preferences",
+    "audit_reward_model",
     "filter_preferences",
     "load_dictionary",
     "shape_preference_margin",

@@ -21,19 +21,19 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .audit_pass import AuditPass, ExampleArrays
+from .audit_pass import AuditPass, ExampleArrays, RewardPass
 from .audit_statistics import Settings, feature_statistics
 from .audit_store import AuditStore, Part, dictionary_header
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .flags import Flag
-from .language_head import causal_model
 from .lookahead import Lookahead
 from .objectives import Loss, PreferenceLoss, TokenizedExample
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
 from .preflight import check_dictionary, model_name
+from .rewards import AnswerCheck, PolicyGradientLoss, Reward, RewardLoss, Sampling, rewarded_answers
 from .update_rule import UpdateRule
 
 if TYPE_CHECKING:
@@ -303,6 +303,8 @@ def audit_preferences(
     dictionary: FeatureDictionary,
     objective: str = "dpo",
     *,
+    reward: Reward | None = None,
+    sampling: Sampling | None = None,
     args: DPOConfig | None = None,
     ref_model: nn.Module | None = None,
     output_dir: str | Path | None = None,
@@ -326,7 +328,11 @@ def audit_preferences(
         tokenizer: its tokenizer.
         dataset: pairs in any layout TRL reads, in memory, streamed, or the path of a file.
         dictionary: made with `load_dictionary` or `FeatureDictionary`.
-        objective: "dpo".
+        objective: "dpo", or "policy_gradient" for what a reward would teach (GRPO, RLOO, PPO at the first step):
+            `-A_i · log π(answer_i)`, the advantage A_i being the reward less the mean over the prompt's answers.
+        reward: for "policy_gradient": `reward(prompts=…, completions=…, **columns)` → one number each, as TRL's
+            trainers call it, or a sequence-classification model. Sides are then reinforced and suppressed.
+        sampling: for "policy_gradient", how to sample answers where the dataset has prompts but no "completion".
         args: the DPOConfig of the run to come: loss type, beta, max_length …; TRL's defaults if None.
         ref_model: the reference model; by default the policy itself, as in TRL at the first step, which costs nothing.
         output_dir: where the audit is written, part by part; begun again with the same arguments it goes on where
@@ -354,17 +360,22 @@ def audit_preferences(
     audit.examples([1423]).sort_values("attribution")
     ```
     """
+    settings = _settings(batch_size, part_size, activations, on_bad_row, seed)
+    if objective == "policy_gradient":
+        if reward is None:
+            raise AuditError(
+                "objective 'policy_gradient' needs a reward; pass reward= with a function or a model."
+            )
+        if lookahead is not None:
+            raise AuditError("The lookahead is for objective 'dpo'; leave lookahead= out.")
+        policy_gradient = PolicyGradientLoss(tokenizer, args.max_length if args is not None else None)
+        answers = rewarded_answers(model, tokenizer, dataset, reward, sampling, batch_size)
+        run = _Run(model, dictionary, policy_gradient, reference=None, settings=settings, progress=progress)
+        return run.over(answers, AnswerCheck(), output_dir)
     if objective != "dpo":
-        raise AuditError(f"objective is {objective!r}; choose 'dpo'.")
+        raise AuditError(f"objective is {objective!r}; choose 'dpo' or 'policy_gradient'.")
     loss = PreferenceLoss(tokenizer, args)
-    run = _Run(
-        model,
-        dictionary,
-        loss,
-        reference=ref_model,
-        settings=_settings(batch_size, part_size, activations, on_bad_row, seed),
-        progress=progress,
-    )
+    run = _Run(model, dictionary, loss, reference=ref_model, settings=settings, progress=progress)
     audit = run.over(dataset, PairCheck(), output_dir)
     if lookahead is not None:
         if PartialState().num_processes > 1:
@@ -373,6 +384,50 @@ def audit_preferences(
             )
         run.look_ahead(audit, dataset, lookahead, _update_rule(optimizer, model, loss.trainer.args))
     return audit
+
+
+def audit_reward_model(
+    reward_model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Source,
+    dictionary: FeatureDictionary,
+    *,
+    max_length: int | None = 1024,
+    output_dir: str | Path | None = None,
+    batch_size: int = 8,
+    part_size: int = 512,
+    activations: bool = True,
+    on_bad_row: str = "stop",
+    seed: int = 0,
+    progress: bool = True,
+) -> Audit:
+    """Ask a reward model what it pays for, in features of its own backbone.
+
+    What is differentiated is the mean reward of the dataset's answers, chosen and rejected alike: attribution is how
+    much the reward rises with the feature, `⟨∂r/∂h, d_f⟩` summed over tokens, activation_attribution how much of the
+    reward the feature's activations make up to first order. The sides show the two kinds of answers; beside them
+    disparity shows what the human labels go with. `log_prob` in `Audit.examples` is the reward.
+
+    Args:
+        reward_model: a sequence-classification model with one output.
+        tokenizer: its tokenizer.
+        dataset: pairs, as for `audit_preferences`, whose other arguments apply.
+        dictionary: of the reward model's backbone, or of the model it was made from, if it still fits.
+        max_length: tokens at which prompt and answer are cut; None for no cut.
+
+    Raises:
+        AuditError: a model with another number of outputs or no pad token; otherwise as `audit_preferences`.
+    """
+    run = _Run(
+        reward_model,
+        dictionary,
+        RewardLoss(tokenizer, reward_model, max_length),
+        reference=None,
+        settings=_settings(batch_size, part_size, activations, on_bad_row, seed),
+        progress=progress,
+        pass_type=RewardPass,
+    )
+    return run.over(dataset, PairCheck(), output_dir)
 
 
 def _update_rule(
@@ -394,6 +449,9 @@ def _settings(batch_size: int, part_size: int, activations: bool, on_bad_row: st
     if on_bad_row not in ("stop", "set_aside"):
         raise AuditError(f"on_bad_row is {on_bad_row!r}; choose 'stop' or 'set_aside'.")
     return RunSettings(batch_size, part_size, activations, on_bad_row, seed)
+
+
+RowCheck = PairCheck | AnswerCheck
 
 
 @dataclass(frozen=True)
@@ -419,6 +477,7 @@ class _Run:
         reference: nn.Module | None,
         settings: RunSettings,
         progress: bool,
+        pass_type: type[AuditPass] = AuditPass,
     ) -> None:
         point = check_dictionary(dictionary, model)
         device = next(point.decoder.parameters()).device
@@ -428,13 +487,13 @@ class _Run:
         self.settings = settings
         self.progress = progress
         self._point, self._reference = point, reference
-        self._pass = AuditPass(
+        self._pass = pass_type(
             model, point, self.dictionary, loss, reference=reference, activations=settings.activations
         )
         self._context = context_length(model)
         self._header = self._describe(point.path, reference)
 
-    def over(self, dataset: Source, check: PairCheck, output_dir: str | Path | None) -> Audit:
+    def over(self, dataset: Source, check: RowCheck, output_dir: str | Path | None) -> Audit:
         """Audit every row."""
         state = PartialState()
         temporary = output_dir is None
@@ -491,7 +550,7 @@ class _Run:
             ]
             yield from batched(self.loss.tokenize(good), self.settings.batch_size)
 
-    def _write_parts(self, store: AuditStore, dataset: Source, check: PairCheck, state: PartialState) -> None:
+    def _write_parts(self, store: AuditStore, dataset: Source, check: RowCheck, state: PartialState) -> None:
         there = store.existing_parts()
         state.wait_for_everyone()
         number = -1
@@ -620,7 +679,9 @@ class _Run:
 
 def context_length(model: nn.Module) -> int | None:
     """Most tokens the model has positions for; None if it does not say."""
-    config = causal_model(model).config.get_text_config()
+    config = next(
+        part for part in model.modules() if isinstance(part, PreTrainedModel)
+    ).config.get_text_config()
     return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
 
 

@@ -20,7 +20,7 @@ from .errors import AuditError
 from .hook_points import HookPoint
 from .language_head import LanguageHead, causal_model
 from .objectives import Loss, TokenizedExample
-from .probe import evaluation_mode
+from .residual_stream import evaluation_mode
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ExampleArrays:
     Attributes:
         gradient: Σ_t ∂L_i/∂h[t] of each answer's tokens, L_i the example's own loss: [n, R, d_model] float32.
         side: +1 or -1 of each answer [n, R]. length: its tokens that enter the loss [n, R]. log_prob: its
-            log-probability under the policy, 0 where the objective has none [n, R].
+            log-probability under the policy, or its reward where a reward model was audited [n, R].
         indptr, feature, mean, extreme, effect: activations in rows as in a CSR matrix. Row i·R + r holds the
             features active in the answer: their mean activation over its tokens, the activation largest in size,
             and `-Σ_t a_f·⟨g[t], ∂h/∂a_f⟩` over the tokens whose logits enter the loss.
@@ -93,7 +93,6 @@ class AuditPass:
         self.dictionary = dictionary
         self.loss = loss
         self.activations = activations
-        self._head = LanguageHead(model, point.decoder)
         self._reference = None if reference is None else Reference(reference)
 
     def run(self, examples: Sequence[TokenizedExample], batch_size: int) -> ExampleArrays:
@@ -111,12 +110,18 @@ class AuditPass:
         """Every answer of a batch, first answers of all examples first."""
         device = next(self.point.decoder.parameters()).device
         batch = {name: value.to(device) for name, value in self.loss.collate(examples).items()}
+        return self._answers(batch, *self._differentiate(batch))
+
+    def _differentiate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradient and hidden states at the hook point [rows, T, d_model], loss positions [rows, T], and the
+        log-probabilities of the answers' tokens [rows, T − 1]."""
+        head = LanguageHead(self.model, self.point.decoder)
         predicted = batch["completion_mask"][:, 1:].bool()
         targets = batch["input_ids"][:, 1:][predicted]
         with leaf_at(self.point, self.dictionary.d_model) as leaves, torch.enable_grad():
             last = last_hidden_state(self.point.decoder, batch)
         (hidden,) = leaves
-        values, slopes = self._head.slopes(last.detach()[:, :-1][predicted], targets)
+        values, slopes = head.slopes(last.detach()[:, :-1][predicted], targets)
         log_probs = _scatter(values, predicted)
         reference = log_probs if self._reference is None else self._reference.log_probs(batch)
         weights = self.loss.weights(batch, log_probs, reference).to(values)
@@ -125,7 +130,7 @@ class AuditPass:
         positions[:, :-1] = predicted
         arriving[positions] = (slopes * weights[predicted][:, None]).to(arriving.dtype)
         (gradient,) = torch.autograd.grad(last, hidden, arriving)
-        return self._answers(batch, gradient, hidden.detach(), positions, log_probs)
+        return gradient, hidden.detach(), positions, log_probs
 
     @torch.no_grad()
     def _answers(
@@ -150,6 +155,24 @@ class AuditPass:
             )
             scored.append(_AnswerScores(sums[row], int(side), int(length), float(total), *active))
         return scored
+
+
+class RewardPass(AuditPass):
+    """The same over a reward model: what is differentiated is less its reward.
+
+    The reward is read at the last token and reaches the others through attention; activation attribution counts
+    every token of the answer.
+    """
+
+    def _differentiate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with leaf_at(self.point, self.dictionary.d_model) as leaves, torch.enable_grad():
+            output = self.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
+            reward = output.logits[:, 0]
+            (gradient,) = torch.autograd.grad(-reward.sum(), leaves[0])
+        positions = batch["completion_mask"].bool()
+        return gradient, leaves[0].detach(), positions, reward.detach().float()[:, None]
 
 
 _Active = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

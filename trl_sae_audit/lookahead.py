@@ -28,7 +28,7 @@ from .errors import AuditError
 from .hook_points import HookPoint
 from .language_head import LanguageHead
 from .objectives import Loss, TokenizedExample
-from .probe import evaluation_mode
+from .residual_stream import evaluation_mode
 from .update_rule import AffineUpdate, Tensors, UpdateRule
 
 Batches = Callable[[], Iterable[Sequence[TokenizedExample]]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,7 +231,7 @@ def _stand_in_trainer(tokenizer: PreTrainedTokenizerBase, args: DPOConfig | None
         bars = datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
-            with _seeds_kept():
+            with _seeds_kept(), _quiet("trl.trainer.dpo_trainer"):
                 trainer = DPOTrainer(
                     model=_few_weights(),
                     ref_model=_few_weights(),
@@ -259,6 +260,18 @@ def _seeds_kept() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """No warnings about the stand-in's one row of data."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _few_weights() -> LlamaForCausalLM:

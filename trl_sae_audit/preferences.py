@@ -197,8 +197,9 @@ def row_digest(row: Row) -> bytes:
     if row.columns is None:
         content = row.text or row.problem or ""
     else:
+        answers = {name: row.columns[name] for name in ("completion", "advantage") if name in row.columns}
         content = json.dumps(
-            _plain(read_by_trl(row.columns)), sort_keys=True, separators=(",", ":"), default=str
+            _plain(read_by_trl(row.columns) | answers), sort_keys=True, separators=(",", ":"), default=str
         )
     return hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).digest()
 

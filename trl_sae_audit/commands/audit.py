@@ -108,16 +108,15 @@ def main(argv: Sequence[str]) -> int:
 def show(audit: Audit, top: int, console: Console) -> None:
     """Print the features with the largest attribution."""
     features = audit.features()
-    first, second = audit.sides
     table = Table(title=f"{len(audit)} examples, {len(features)} features", title_justify="left")
-    columns = ["feature", "attribution", "± s.e.", first, second, "lift", "q", "q at equal length"]
+    columns = ["feature", "attribution", "± s.e.", "lift", "q", "q equal length"]
     optional = [name for name in ("disparity", "predicted_change") if name in features]
     columns += [name.replace("_", " ") for name in optional]
     for column in columns:
         table.add_column(column, justify="right")
     for row in features.head(top).to_dict("records"):
         cells = [str(row["feature"])]
-        cells += [f"{row[name]:+.3g}" for name in ("attribution", "standard_error", first, second)]
+        cells += [f"{row['attribution']:+.2e}", f"{row['standard_error']:.0e}"]
         cells += [f"{row['lift']:.1f}", f"{row['q_value']:.2g}", f"{row['length_q_value']:.2g}"]
         cells += [f"{row[name]:+.2g}" for name in optional]
         table.add_row(*cells)

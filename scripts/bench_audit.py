@@ -1,0 +1,278 @@
+"""How fast an audit is, how much memory and disk it takes, and what its statistics find.
+
+    python scripts/bench_audit.py speed --model /path/to/gemma --sae /path/to/sae --data pairs.jsonl --pairs 16
+    python scripts/bench_audit.py lookahead --model /path/to/gemma --sae /path/to/sae --data pairs.jsonl --pairs 8
+    python scripts/bench_audit.py scale --pairs 100000
+    python scripts/bench_audit.py power
+
+`speed` and `lookahead` print ratios of times of alternating runs on the same batches in one process, so that a busy
+machine slows both alike. `scale` audits pairs of a simulated model, whose cost is next to nothing. `power` plants effects
+of known size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_sae_audit import load_dictionary
+from trl_sae_audit.audit_pass import AuditPass, ExampleArrays, last_hidden_state
+from trl_sae_audit.audit_statistics import Settings, feature_statistics
+from trl_sae_audit.audit_store import AuditStore, Part
+from trl_sae_audit.dictionary import FeatureDictionary
+from trl_sae_audit.hook_points import HookPoint, resolve_hook_point
+from trl_sae_audit.language_head import LanguageHead
+from trl_sae_audit.lookahead import Lookahead
+from trl_sae_audit.objectives import PreferenceLoss, TokenizedExample
+from trl_sae_audit.preferences import iterate_rows
+from trl_sae_audit.update_rule import UpdateRule
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "lookahead", "scale", "power"))
+    parser.add_argument("--model")
+    parser.add_argument("--sae")
+    parser.add_argument("--data")
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    {"speed": speed, "lookahead": lookahead, "scale": scale, "power": power}[options.what](options)
+
+
+def load(
+    options: argparse.Namespace,
+) -> tuple[nn.Module, HookPoint, FeatureDictionary, PreferenceLoss, list[TokenizedExample]]:
+    from trl import DPOConfig
+
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    dictionary = load_dictionary(options.sae)
+    args = DPOConfig("unused", max_length=options.max_length, bf16=False, report_to="none")
+    loss = PreferenceLoss(tokenizer, args)
+    rows = [(row.index, row.columns) for row in iterate_rows(options.data) if row.columns is not None]
+    examples = loss.tokenize(rows[: options.pairs])
+    return model, resolve_hook_point(model, dictionary.hook_point), dictionary, loss, examples
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Audit against a forward pass alone, and against the same gradients from a full backward pass."""
+    model, point, dictionary, loss, examples = load(options)
+    tokens = sum(int(loss.collate([example])["attention_mask"].sum()) for example in examples)
+    audit = AuditPass(model, point, dictionary, loss)
+    no_activations = AuditPass(model, point, dictionary, loss, activations=False)
+    head = LanguageHead(model, point.decoder)
+
+    def batches() -> list[dict[str, torch.Tensor]]:
+        ordered = sorted(examples, key=lambda example: -example.size)
+        size = options.batch_size
+        return [loss.collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+    @torch.no_grad()
+    def forward() -> None:
+        """The floor: hidden states, and logits where the loss needs them."""
+        for batch in batches():
+            predicted = batch["completion_mask"][:, 1:].bool()
+            hidden = last_hidden_state(point.decoder, batch)[:, :-1][predicted]
+            head.score(hidden, batch["input_ids"][:, 1:][predicted])
+
+    def naive() -> None:
+        """Policy forward, reference forward, full backward, hook: what a trainer's step would cost."""
+        for batch in batches():
+            caught: list[torch.Tensor] = []
+            handle = point.module.register_forward_hook(
+                lambda m, a, output, caught=caught: caught.append(output)
+            )
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            log_probs = _log_probs(model(**inputs).logits, batch)
+            handle.remove()
+            with torch.no_grad():
+                reference = _log_probs(model(**inputs).logits, batch)
+            hidden = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+            hidden.retain_grad()
+            ratios = log_probs - reference
+            first, second = ratios.chunk(2)
+            (-torch.nn.functional.logsigmoid(0.1 * (first - second)).mean()).backward()
+            dictionary.project(hidden.grad.sum(1))  # type: ignore[union-attr]
+            for parameter in model.parameters():
+                parameter.grad = None
+
+    runs: dict[str, Callable[[], Any]] = {
+        "forward alone": forward,
+        "audit": lambda: audit.run(examples, options.batch_size),
+        "audit without activations": lambda: no_activations.run(examples, options.batch_size),
+        "full backward with reference": naive,
+    }
+    times = _alternate(runs, options.rounds)
+    print(f"{len(examples)} pairs, {tokens} tokens, hook point {point.path}, d_sae {dictionary.d_sae}")
+    for name, seconds in times.items():
+        print(
+            f"{name:32s} {tokens / seconds:8.1f} tokens/s  {times['forward alone'] / seconds:5.2f} of forward alone"
+        )
+    print(
+        f"audit is {times['full backward with reference'] / times['audit']:.2f} times as fast as the full backward"
+    )
+
+
+def _log_probs(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    log_probs = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return (log_probs * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def _alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, run in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.process_time()
+            run()
+            times[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def lookahead(options: argparse.Namespace) -> None:
+    """Predicted change of every feature against one epoch of training on the same pairs."""
+    model, point, dictionary, loss, examples = load(options)
+    probe = examples[: max(2, len(examples) // 4)]
+    size = options.batch_size
+
+    def batches(some: list[TokenizedExample]) -> list[list[TokenizedExample]]:
+        return [some[start : start + size] for start in range(0, len(some), size)]
+
+    def ahead() -> Lookahead:
+        return Lookahead(
+            model, point, dictionary, loss, UpdateRule(), lambda: batches(examples), lambda: batches(probe)
+        )
+
+    def epoch() -> None:
+        """Forward, reference forward, backward, AdamW: gradients as the lookahead takes them, and the rest."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        looking = ahead()
+        for some in batches(examples):
+            batch = loss.collate(some)
+            predicted = batch["completion_mask"][:, 1:].bool()
+            with torch.no_grad():
+                hidden = last_hidden_state(point.decoder, batch)[:, :-1][predicted]
+                looking._head.score(hidden, batch["input_ids"][:, 1:][predicted])
+            for name, gradient in looking._gradient_of(batch).items():
+                looking.parameters[name].grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def influence() -> None:
+        looking.influence(0)
+
+    looking = ahead()
+    looking.update()
+    times = _alternate(
+        {
+            "epoch": epoch,
+            "predicted change": lambda: ahead().predicted_change(),
+            "influence, one flag": influence,
+        },
+        options.rounds,
+    )
+    print(f"{len(examples)} pairs, probe of {len(probe)}, derivative: {looking.method}")
+    for name, seconds in times.items():
+        print(f"{name:24s} {seconds:8.1f} s  {seconds / times['epoch']:.2f} of one epoch")
+
+
+def scale(options: argparse.Namespace) -> None:
+    """Time, memory and disk of everything but the model."""
+    d_model, d_sae, active, size = 64, 1024, 40, 512
+    rng = np.random.default_rng(0)
+    dictionary = FeatureDictionary(torch.randn(d_sae, d_model), "model.layers.1", "simulated")
+    for pairs in (options.pairs // 10, options.pairs // 2, options.pairs):
+        with tempfile.TemporaryDirectory() as directory:
+            started = time.perf_counter()
+            header = {"dictionary": {**dictionary.info.__dict__}, "settings": {"seed": 0}}
+            store = AuditStore.create(Path(directory) / "audit", header, dictionary)
+            parts = -(-pairs // size)
+            for number in range(parts):
+                rows = np.arange(number * size, min((number + 1) * size, pairs))
+                store.write_part(number, _simulated(rows, d_model, d_sae, active, rng))
+            store.finish(parts, 1)
+            wrote = time.perf_counter()
+            feature_statistics(store.parts, dictionary.directions, pairs, Settings())
+            done = time.perf_counter()
+            disk = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            f"{pairs:7d} pairs: write {wrote - started:6.1f} s, statistics {done - wrote:6.1f} s, peak memory {peak:6.0f} MiB, "
+            f"disk {disk / pairs:6.0f} bytes a pair ({4 * 2 * d_model} of them gradients, {active} active features an answer)",
+            flush=True,
+        )
+
+
+def _simulated(rows: np.ndarray, d_model: int, d_sae: int, active: int, rng: np.random.Generator) -> Part:
+    n = len(rows)
+    feature = np.sort(rng.integers(0, d_sae, size=(2 * n, active), dtype=np.int32), axis=1).reshape(-1)
+    values = rng.random((3, len(feature)), dtype=np.float32)
+    arrays = ExampleArrays(
+        gradient=rng.standard_normal((n, 2, d_model), dtype=np.float32),
+        side=np.tile(np.array([1, -1], np.int8), (n, 1)),
+        length=rng.integers(5, 200, size=(n, 2)).astype(np.int32),
+        log_prob=np.zeros((n, 2), np.float32),
+        indptr=np.arange(0, 2 * n * active + 1, active, dtype=np.int64),
+        feature=feature,
+        mean=values[0],
+        extreme=values[1],
+        effect=values[2],
+    )
+    return Part(rows, rng.integers(0, 256, size=(n, 32), dtype=np.uint8), [], arrays, {})
+
+
+def power(options: argparse.Namespace) -> None:
+    """Share of 200 planted features among 2,000 found at q ≤ 0.05, by effect in standard deviations."""
+    rng = np.random.default_rng(0)
+    curve: dict[str, dict[str, float]] = {}
+    for n in (50, 100, 400):
+        curve[str(n)] = {}
+        for effect in (0.1, 0.2, 0.3, 0.4, 0.6):
+            contributions = rng.standard_normal((n, 1, 2000)).astype(np.float32)
+            contributions[:, :, :200] -= effect
+            parts = [_plain_part(contributions)]
+            table = feature_statistics(parts.copy, torch.eye(2000), n, Settings(n_flips=1999, n_halves=1))
+            found = table["q_value"] <= 0.05
+            curve[str(n)][str(effect)] = float(found[:200].mean())
+            curve[str(n)][f"false at {effect}"] = float(found[200:].mean())
+    print(json.dumps(curve, indent=2))
+
+
+def _plain_part(gradient: np.ndarray) -> Part:
+    n = len(gradient)
+    nothing = np.zeros(0, np.float32)
+    arrays = ExampleArrays(
+        gradient=gradient,
+        side=np.ones((n, 1), np.int8),
+        length=np.full((n, 1), 5, np.int32),
+        log_prob=np.zeros((n, 1), np.float32),
+        indptr=np.zeros(n + 1, np.int64),
+        feature=np.zeros(0, np.int32),
+        mean=nothing,
+        extreme=nothing,
+        effect=nothing,
+    )
+    return Part(np.arange(n), np.zeros((n, 32), np.uint8), [], arrays, {})
+
+
+if __name__ == "__main__":
+    main()
