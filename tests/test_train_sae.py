@@ -154,7 +154,9 @@ class TestResidualStream:
         above: list[object] = []
         hooks = len(model.model.layers[1]._forward_hooks)
         handle = model.model.layers[2].register_forward_hook(lambda *args: above.append(args))
-        hidden = hidden_states(model, resolve_hook_point(model, HOOK), ids, torch.ones_like(ids).bool())
+        hidden = hidden_states(
+            resolve_hook_point(model, HOOK), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        )
         assert above == []
         assert len(model.model.layers[1]._forward_hooks) == hooks
         handle.remove()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .hook_points import HookPoint
-
-
-class _Reached(Exception):  # noqa: N818, not an error
-    """The forward pass has come to the hook point; what lies above is not needed."""
+from .residual_stream import hidden_states
 
 
 class Probe:
@@ -66,33 +61,3 @@ class Probe:
         width = max(1, 64 * 2**20 // (4 * dictionary.d_sae))
         sums = [dictionary.encode(part)[:, features].sum(0) for part in tokens.split(width)]
         return torch.stack(sums).sum(0) / len(tokens)
-
-
-def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
-    """Hidden states [rows, tokens, d_model] at the hook point; nothing above it is computed."""
-    device = next(point.decoder.parameters()).device
-    captured: list[Tensor] = []
-
-    def capture(module: nn.Module, args: Any, output: Any) -> None:
-        captured.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
-
-    handle = point.module.register_forward_hook(capture)
-    try:
-        with evaluation_mode(point.decoder), contextlib.suppress(_Reached):
-            point.decoder(**{name: value.to(device) for name, value in batch.items()})
-    finally:
-        handle.remove()
-    return captured[0]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while, with every module's own mode restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -65,9 +66,7 @@ def residual_stream(
     """
     windows = token_windows(texts, tokenizer, rules.context_size)
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         while block := list(islice(windows, batch_size * _SORTED_TOGETHER)):
             block.sort(key=len)
             for start in range(0, len(block), batch_size):
@@ -78,34 +77,48 @@ def residual_stream(
                 if rules.skip_first_position:
                     counts[:, 0] = False
                 if bool(counts.any()):
-                    hidden = hidden_states(model, hook, ids, attended)
+                    hidden = hidden_states(hook, {"input_ids": ids, "attention_mask": attended.long()})
                     yield hidden[counts.to(hidden.device)].to(torch.float32)
-    finally:
-        model.train(training)
+
+
+class _Reached(Exception):  # noqa: N818, not an error
+    """The forward pass has come to the hook point; what lies above is not needed."""
 
 
 @torch.no_grad()
-def hidden_states(model: nn.Module, hook: HookPoint, ids: Tensor, attended: Tensor) -> Tensor:
-    """The output of `hook` [rows, tokens, d_model] on token ids, with the forward pass stopped there."""
-    device = next(model.parameters()).device
-    seen: list[Tensor] = []
+def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states [rows, tokens, d_model] at the hook point, in evaluation mode; nothing above it is computed.
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-        raise _Stop
+    Args:
+        point: where to read; its decoder is run.
+        batch: `input_ids` and `attention_mask`, [rows, tokens], on any device.
+    """
+    device = next(point.decoder.parameters()).device
+    captured: list[Tensor] = []
 
-    handle = hook.module.register_forward_hook(stop)
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = point.module.register_forward_hook(capture)
     try:
-        model(input_ids=ids.to(device), attention_mask=attended.long().to(device), use_cache=False)
-    except _Stop:
-        pass
+        with evaluation_mode(point.decoder), contextlib.suppress(_Reached):
+            point.decoder(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
     finally:
         handle.remove()
-    return seen[0]
+    return captured[0]
 
 
-class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass at the hook point."""
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while, with every module's own mode restored after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _pad(windows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from ..callback import FeatureAttributionCallback
 from ..dictionary import FeatureDictionary
 from ..errors import AuditError
 from ..hook_points import resolve_hook_point
-from ..probe import Probe, hidden_states
+from ..probe import Probe
+from ..residual_stream import hidden_states
 from ..sae import load_dictionary
 from ..summary import print_summary
 from .arguments import parse
