@@ -3,31 +3,43 @@
     python scripts/bench_audit.py speed --model /path/to/gemma --sae /path/to/sae --data pairs.jsonl --pairs 16
     python scripts/bench_audit.py lookahead --model /path/to/gemma --sae /path/to/sae --data pairs.jsonl --pairs 8
     python scripts/bench_audit.py scale --pairs 100000
+    python scripts/bench_audit.py tiny --pairs 100000
     python scripts/bench_audit.py power
 
 `speed` and `lookahead` print ratios of times of alternating runs on the same batches in one process, so that a busy
-machine slows both alike. `scale` audits pairs of a simulated model, whose cost is next to nothing. `power` plants effects
-of known size.
+machine slows both alike. `tiny` audits that many streamed pairs with a model of a few thousand weights, so that what
+remains is the audit itself; `scale` leaves the model out altogether. `power` plants effects of known size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import IterableDataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from trl_sae_audit import load_dictionary
+from trl_sae_audit import audit_preferences, load_dictionary
 from trl_sae_audit.audit_pass import AuditPass, ExampleArrays, last_hidden_state
 from trl_sae_audit.audit_statistics import Settings, feature_statistics
 from trl_sae_audit.audit_store import AuditStore, Part
@@ -44,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "lookahead", "scale", "power"))
+    parser.add_argument("what", choices=("speed", "lookahead", "tiny", "scale", "power"))
     parser.add_argument("--model")
     parser.add_argument("--sae")
     parser.add_argument("--data")
@@ -55,7 +67,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    {"speed": speed, "lookahead": lookahead, "scale": scale, "power": power}[options.what](options)
+    {"speed": speed, "lookahead": lookahead, "tiny": tiny, "scale": scale, "power": power}[options.what](
+        options
+    )
 
 
 def load(
@@ -193,6 +207,56 @@ def lookahead(options: argparse.Namespace) -> None:
     print(f"{len(examples)} pairs, probe of {len(probe)}, derivative: {looking.method}")
     for name, seconds in times.items():
         print(f"{name:24s} {seconds:8.1f} s  {seconds / times['epoch']:.2f} of one epoch")
+
+
+def tiny(options: argparse.Namespace) -> None:
+    """Time, memory and disk of whole audits by a model of next to no cost."""
+    tokenizer = _word_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    dictionary = FeatureDictionary(torch.randn(64, 16), "model.layers.0", "tiny")
+    for pairs in (options.pairs // 10, options.pairs // 2, options.pairs):
+        with tempfile.TemporaryDirectory() as directory:
+            started = time.perf_counter()
+            stream = IterableDataset.from_generator(_random_pairs, gen_kwargs={"count": pairs})
+            audit = audit_preferences(
+                model, tokenizer, stream, dictionary, output_dir=directory, batch_size=256, progress=False
+            )
+            passed = time.perf_counter()
+            audit.features()
+            done = time.perf_counter()
+            disk = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            f"{pairs:7d} pairs: pass {passed - started:6.1f} s, statistics {done - passed:6.1f} s, peak memory {peak:6.0f} MiB, "
+            f"disk {disk / 2**20:6.1f} MiB",
+            flush=True,
+        )
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(60))])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+
+
+def _random_pairs(count: int) -> Iterator[dict[str, str]]:
+    rng = random.Random(0)
+    for _ in range(count):
+        words = [" ".join(f"w{rng.randrange(60)}" for _ in range(rng.randint(2, 8))) for _ in range(3)]
+        yield {"prompt": words[0] + " ", "chosen": words[1], "rejected": words[2]}
 
 
 def scale(options: argparse.Namespace) -> None:

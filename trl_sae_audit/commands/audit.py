@@ -12,7 +12,9 @@ from rich.table import Table
 from trl import DPOConfig
 
 from ..audit import Audit, audit_preferences
+from ..evidence import gather_evidence, read_labels
 from ..flags import FlagSet
+from ..objectives import PreferenceLoss
 from ..sae import load_dictionary
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments
@@ -63,6 +65,14 @@ class AuditArguments:
         default=None,
         metadata={"help": "A file of flags: each example's part in the predicted change of those."},
     )
+    evidence: int = field(
+        default=0,
+        metadata={"help": "Write evidence.md for that many top features: examples, tokens, vocabulary."},
+    )
+    labels: str | None = field(
+        default=None,
+        metadata={"help": "A local file of feature labels, for the evidence; JSON, JSON lines or CSV."},
+    )
     seed: int = field(default=0, metadata={"help": "Of the random flips and splits of the statistics."})
     top: int = field(default=10, metadata={"help": "Features to print."})
 
@@ -101,6 +111,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.influence:
         audit.influence(FlagSet.load(arguments.influence).of(audit.dictionary))
     if PartialState().is_main_process:
+        if arguments.evidence:
+            features = [int(feature) for feature in audit.features()["feature"].head(arguments.evidence)]
+            labels = read_labels(arguments.labels) if arguments.labels else None
+            loss = PreferenceLoss(tokenizer, config)
+            found = gather_evidence(
+                audit, features, model, tokenizer, source, dictionary, loss, labels=labels
+            )
+            (audit.directory / "evidence.md").write_text("\n".join(each.to_markdown() for each in found))
         show(audit, arguments.top, Console())
     return 0
 
