@@ -13,6 +13,7 @@ from trl_sae_audit.statistics import (
     sign_flip_p,
     standard_error_of_sum,
     two_sided_normal_p,
+    two_sided_t_p,
 )
 
 
@@ -154,3 +155,10 @@ def test_sign_flip_p_of_unknown_contributions_is_unknown():
     assert np.isnan(p[:2]).all()
     assert p[2] == 1 / 8
     assert np.isnan(sign_flip_p(np.zeros((0, 2)))).all()
+
+
+def test_two_sided_t_p_matches_scipy() -> None:
+    t, degrees = np.array([0.0, -2.5, 7.0, np.nan]), np.array([3.0, 1.4, 50.0, 5.0])
+    np.testing.assert_allclose(two_sided_t_p(t, degrees), 2 * stats.t.sf(np.abs(t), degrees), rtol=1e-10)
+    normal = two_sided_normal_p(np.array([1.0, 4.0]))
+    np.testing.assert_allclose(two_sided_t_p(np.array([1.0, 4.0]), np.full(2, np.inf)), normal, rtol=1e-10)

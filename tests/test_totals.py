@@ -8,6 +8,7 @@ from scipy import stats
 
 from trl_sae_audit import totals as totals_module
 from trl_sae_audit.errors import AuditError
+from trl_sae_audit.statistics import two_sided_normal_p
 from trl_sae_audit.totals import CurriculumMap, FeatureTotals
 
 F = 6
@@ -226,3 +227,22 @@ def test_damaged_state_is_refused(name, damage):
 def test_state_with_something_unknown_is_refused():
     with pytest.raises(AuditError, match="'novelty'"):
         FeatureTotals.from_state(accumulate(make_rows(2), [2]).state_dict() | {"novelty": np.zeros(1)})
+
+
+def test_p_values_hold_with_two_examples_a_step_of_unequal_size() -> None:
+    """Two examples say little about their own spread: a normal p-value would find features in pure noise."""
+    rng = np.random.default_rng(0)
+    n_steps, n_features = 12, 4000
+    size = rng.lognormal(sigma=1.0, size=(n_steps, 1, 1))
+    contributions = rng.normal(size=(n_steps, 2, n_features)) * size
+    attribution = contributions.sum(1).astype(np.float32)
+    variance = (2 * contributions.var(1, ddof=1)).astype(np.float32)
+    zero = np.zeros_like(attribution)
+    totals = FeatureTotals(n_features)
+    totals.update(attribution, zero, zero, variance, zero, degrees=np.ones(n_steps))
+    frame = totals.frame(d_model=8)
+    assert (frame["degrees_of_freedom"] <= n_steps).all()
+    assert (frame["p_value"] < 0.05).mean() < 0.06
+    assert (frame["p_value"] < 0.001).mean() < 0.003
+    assert (two_sided_normal_p(frame["z"].to_numpy()) < 0.001).mean() > 0.01
+    assert not (frame["q_value"] < 0.05).any()

@@ -161,7 +161,8 @@ class Channel:
         norms = norm.double().cpu().numpy()
         coverages = covered.double().cpu().numpy()
         finite = np.isfinite(norms) & np.isfinite(dense["positive"]).all(1)
-        self.totals.update(**dense, extras=extras, finite=finite)
+        degrees = scores.counts[:, 0].cpu().numpy() - 1
+        self.totals.update(**dense, degrees=degrees, extras=extras, finite=finite)
         self._update_window(dense, norms, coverages, finite)
         rows = {
             "steps": [self._step_rows(steps, dense, extras, cosine.cpu().numpy(), top.cpu().numpy(), finite)],

@@ -6,7 +6,7 @@ With 65,536 features something always looks large, so each p-value here is meant
 
 import numpy as np
 from scipy import stats
-from scipy.special import erfc
+from scipy.special import erfc, stdtr
 
 _CELLS = 1 << 20
 """Elements of the largest temporary array: small enough to stay in a processor's cache."""
@@ -31,6 +31,11 @@ def standard_error_of_sum(total: np.ndarray, sum_of_squares: np.ndarray, n: int 
 def two_sided_normal_p(z: np.ndarray) -> np.ndarray:
     """`P(|N(0,1)| ≥ |z|)`, same shape as `z`, accurate far into the tail; NaN stays NaN."""
     return erfc(np.abs(z) / np.sqrt(2.0))
+
+
+def two_sided_t_p(t: np.ndarray, degrees_of_freedom: np.ndarray) -> np.ndarray:
+    """`P(|T| ≥ |t|)` of Student's t, same shape as `t`; infinite degrees of freedom give the normal; NaN stays NaN."""
+    return 2.0 * stdtr(degrees_of_freedom, -np.abs(t))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from trl_sae_audit.errors import AuditError
-from trl_sae_audit.statistics import benjamini_hochberg, mann_kendall, two_sided_normal_p
+from trl_sae_audit.statistics import benjamini_hochberg, mann_kendall, two_sided_t_p
 
 _SUMS = (
     "attribution",
@@ -20,6 +20,7 @@ _SUMS = (
     "positive",
     "negative",
     "variance",
+    "variance_spread",
     "share",
 )
 _COUNTS = ("positive_steps", "negative_steps")
@@ -148,6 +149,7 @@ class FeatureTotals:
         negative: np.ndarray,
         variance: np.ndarray,
         share: np.ndarray,
+        degrees: np.ndarray | None = None,
         extras: Mapping[str, np.ndarray] | None = None,
         finite: np.ndarray | None = None,
     ) -> None:
@@ -159,6 +161,8 @@ class FeatureTotals:
             negative: [S, F], attribution of the rejected / suppressed side.
             variance: [S, F], squared standard error of each step's attribution; a row of NaN where it is
                 unknown (fewer than two examples).
+            degrees: [S], degrees of freedom of each step's variance, its examples less one; None where they are
+                so many that it counts as known.
             share: [S, F], squared cosine between the step's gradient and the feature; 0 where the gradient is 0.
             extras: name → [S, F]; the same names at every call.
             finite: [S], False for a step whose gradient was not finite. Such a step, and one whose attribution
@@ -176,8 +180,11 @@ class FeatureTotals:
             keep &= np.asarray(finite, bool)
         known = keep & ~np.isnan(rows["variance"]).all(axis=1)
         first_step = self.steps + 1
+        inverse_degrees = np.zeros(len(keep)) if degrees is None else 1.0 / np.maximum(degrees, 1)
         for start in range(0, self.n_features, _BLOCK):
-            self._add_block(slice(start, start + _BLOCK), rows, extra_rows, keep, known, first_step)
+            self._add_block(
+                slice(start, start + _BLOCK), rows, extra_rows, keep, known, inverse_degrees, first_step
+            )
         for row, kept in zip(rows["attribution"], keep, strict=True):
             self._count_step(row, bool(kept))
         self.variance_steps += int(known.sum())
@@ -189,6 +196,7 @@ class FeatureTotals:
         extra_rows: dict[str, np.ndarray],
         keep: np.ndarray,
         known: np.ndarray,
+        inverse_degrees: np.ndarray,
         first_step: int,
     ) -> None:
         sums = {name: total[features] for name, total in self.sums.items()}
@@ -206,7 +214,10 @@ class FeatureTotals:
             for name in ("positive", "negative", "share"):
                 sums[name] += rows[name][index, features]
             if known[index]:
-                sums["variance"] += rows["variance"][index, features]
+                exact[:] = rows["variance"][index, features]
+                sums["variance"] += exact
+                np.multiply(exact, exact, out=scratch)
+                sums["variance_spread"] += np.multiply(scratch, inverse_degrees[index], out=scratch)
             for name, extra in extra_rows.items():
                 self.extras[name][features] += extra[index, features]
 
@@ -280,8 +291,9 @@ class FeatureTotals:
         """One row a feature, in the order of the dictionary.
 
         attribution (sum over the run), attribution_mean (per step), standard_error (of the sum, `sqrt` of the
-        steps' summed variances; steps of unknown variance are taken to have the mean of the others), z, p_value
-        (two-sided, normal), q_value (Benjamini–Hochberg over the features), share (mean over steps of the squared
+        steps' summed variances; steps of unknown variance are taken to have the mean of the others), z, degrees_of_freedom
+        (Satterthwaite's, `(Σv)² / Σ(v²/ν)`: few examples a step say little about their own spread), p_value (two-sided,
+        Student's t), q_value (Benjamini–Hochberg over the features), share (mean over steps of the squared
         cosine; directions overlap, so shares do not add up over features), lift (`share · d_model`; 1 is what a
         random direction gets), positive_steps, negative_steps, chosen and rejected (attribution of the two sides),
         trend (least-squares slope of attribution, per step), trend_tau, trend_p_value and trend_q_value
@@ -301,7 +313,8 @@ class FeatureTotals:
             scale = n / self.variance_steps if self.variance_steps else np.nan
             standard_error = np.sqrt(sums["variance"] * scale)
             z = np.where(standard_error > 0, sums["attribution"] / standard_error, np.nan)
-        p_value = two_sided_normal_p(z)
+            degrees_of_freedom = np.square(sums["variance"]) / sums["variance_spread"]
+        p_value = two_sided_t_p(z, degrees_of_freedom)
         seen = self.curriculum.counts > 0
         tau, trend_p = mann_kendall(self.curriculum.means()[seen])
         columns = {
@@ -310,6 +323,7 @@ class FeatureTotals:
             "attribution_mean": sums["attribution"] * inverse,
             "standard_error": standard_error,
             "z": z,
+            "degrees_of_freedom": degrees_of_freedom,
             "p_value": p_value,
             "q_value": benjamini_hochberg(p_value),
             "share": sums["share"] * inverse,
