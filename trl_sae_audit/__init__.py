@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .shaped_reward import ShapedReward
     from .shaped_reward_model import ShapedRewardModel
     from .shaping_callback import ShapingCallback
+    from .shield import FeatureShieldCallback
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "FeatureAttributionCallback": "callback",
     "FeatureDictionary": "dictionary",
     "FeatureScorer": "scorer",
+    "FeatureShieldCallback": "shield",
     "FixedPenalty": "penalties",
     "Flag": "flags",
     "FlagSet": "flags",
@@ -51,6 +53,7 @@ __all__ = [
     "FeatureAttributionCallback",
     "FeatureDictionary",
     "FeatureScorer",
+    "FeatureShieldCallback",
     "FixedPenalty",
     "Flag",
     "FlagSet",

@@ -50,7 +50,7 @@ class Shaper:
                 "pass only the flags of that dictionary."
             )
         self.features = [flag.feature for flag in own]
-        self.names = _distinct_names(own)
+        self.names = distinct_names(own)
         self.weights = torch.tensor([flag.weight for flag in own], dtype=torch.float64)
         self.penalty.bind(own)
         self._check_calibration()
@@ -192,7 +192,7 @@ def _checked_reward(value: Any, index: int, name: str) -> float | None:
     return number
 
 
-def _distinct_names(flags: Sequence[Flag]) -> list[str]:
+def distinct_names(flags: Sequence[Flag]) -> list[str]:
     names = [flag.name for flag in flags]
     return [
         f"{name} ({flag.feature})" if names.count(name) > 1 else name

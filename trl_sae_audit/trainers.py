@@ -106,25 +106,49 @@ def policy_of(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
+class _Wrapper:
+    """Stands in an object for one of its methods; hands through to it once it is no longer active."""
+
+    def __init__(
+        self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        self.owner, self.name = owner, name
+        self.original = getattr(owner, name)
+        self.in_instance = name in vars(owner)
+        self.active = True
+        self._replacement = make(self.original)
+        functools.update_wrapper(self, self.original, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._replacement if self.active else self.original)(*args, **kwargs)
+
+
 class MethodWraps:
-    """Replaces methods of single objects, and puts them back."""
+    """Replaces methods of single objects, and puts them back.
+
+    Several may wrap the same method and end in any order: one that ends below another hands through until
+    that one ends as well.
+    """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._wrappers: list[_Wrapper] = []
 
     def wrap(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        original = getattr(owner, name)
-        in_instance = name in vars(owner)
-        setattr(owner, name, functools.wraps(original)(make(original)))
-        self._undo.append(
-            functools.partial(setattr, owner, name, original)
-            if in_instance
-            else functools.partial(delattr, owner, name)
-        )
+        wrapper = _Wrapper(owner, name, make)
+        setattr(owner, name, wrapper)
+        self._wrappers.append(wrapper)
 
     def undo(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._wrappers:
+            ended = self._wrappers.pop()
+            ended.active = False
+            top = vars(ended.owner).get(ended.name)
+            while isinstance(top, _Wrapper) and not top.active:
+                if top.in_instance:
+                    setattr(top.owner, top.name, top.original)
+                else:
+                    delattr(top.owner, top.name)
+                top = vars(ended.owner).get(ended.name)
 
 
 class Seams:
