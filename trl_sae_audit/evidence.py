@@ -146,7 +146,7 @@ def gather_evidence(
     table = audit.features().set_index("feature")
     found = []
     for column, feature in enumerate(features):
-        figures = {str(name): value for name, value in table.loc[feature].items()}
+        figures: dict[Any, Any] = table.loc[[feature]].to_dict("records")[0]
         driving = [
             _example(
                 running,
@@ -158,7 +158,7 @@ def gather_evidence(
             )
             for place in chosen[column]
         ]
-        statistics = {
+        statistics: dict[str, float] = {
             name: float(figures[name])
             for name in ("standard_error", "lift", "length_correlation", "length_q_value", "disparity")
             if name in figures
