@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 from worlds import D_MODEL, HOOK_POINT, make_dictionary, make_model, make_tokenizer, pairs
 
@@ -512,6 +512,9 @@ def test_options_that_make_no_sense(tmp_path, model, tokenizer, dictionary):
         audited(model, tokenizer, data, dictionary, on_bad_row="ignore")
     with pytest.raises(AuditError, match="objective"):
         audited(model, tokenizer, data, dictionary, objective="ppo")
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(AuditError, match="prompt learning"):
+        audited(get_peft_model(make_model(tokenizer), virtual), tokenizer, data, dictionary)
     wide = FeatureDictionary(torch.randn(4, D_MODEL + 1), HOOK_POINT, "wide")
     with pytest.raises(AuditError, match="33 dimensions"):
         audited(model, tokenizer, data, wide)

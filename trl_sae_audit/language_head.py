@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -81,6 +82,13 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         AuditError: if there is none.
     """
+    if isinstance(model, PeftModel) and any(
+        config.is_prompt_learning for config in model.peft_config.values()
+    ):
+        raise AuditError(
+            f"{type(model).__name__} learns virtual tokens (prompt learning), which an audit does not put before the text; "
+            "audit the model without them, or with LoRA."
+        )
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
             return part
