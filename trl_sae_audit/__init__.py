@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import AuditError
     from .filtering import filter_preferences
     from .flags import Flag, FlagSet
+    from .guards import GuardCallback, TrainingStopped
     from .margin import shape_preference_margin
     from .penalties import AdaptivePenalty, FixedPenalty
     from .record import RunRecord
@@ -35,10 +36,12 @@ _HOME = {
     "FixedPenalty": "penalties",
     "Flag": "flags",
     "FlagSet": "flags",
+    "GuardCallback": "guards",
     "RunRecord": "record",
     "ShapedReward": "shaped_reward",
     "ShapedRewardModel": "shaped_reward_model",
     "ShapingCallback": "shaping_callback",
+    "TrainingStopped": "guards",
     "audit_preferences": "audit",
     "audit_reward_model": "audit",
     "filter_preferences": "filtering",
@@ -57,10 +60,12 @@ __all__ = [
     "FixedPenalty",
     "Flag",
     "FlagSet",
+    "GuardCallback",
     "RunRecord",
     "ShapedReward",
     "ShapedRewardModel",
     "ShapingCallback",
+    "TrainingStopped",
     "__version__",
     "audit_preferences",
     "audit_reward_model",

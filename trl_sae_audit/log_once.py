@@ -27,7 +27,7 @@ class NextLog:
     def _log(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def log(logs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if not all(name.startswith("eval_") for name in logs):
-                self._release()
+                self.release()
                 if "train_runtime" not in logs:
                     logs.update(_means(self._collected))
                 self._collected = []
@@ -35,7 +35,8 @@ class NextLog:
 
         return log
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Take the wrapper off the trainer without waiting for its log."""
         if self._wraps is not None:
             self._wraps.undo()
             self._wraps = None
