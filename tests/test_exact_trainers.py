@@ -15,8 +15,6 @@ from worlds import D_SAE, HOOK_POINT, make_dictionary
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord
 
-pytestmark = pytest.mark.newest
-
 SCALED_BY_THE_LOSS = ("SFT", "GRPO")
 """Trainers whose compute_loss already divides by the number of micro-batches or tokens of the step."""
 
