@@ -126,6 +126,11 @@ def test_online_dpo_receives_inner_reward_minus_penalty(tmp_path: Path) -> None:
         off = 0.25 * signed_scores(texts, completions) @ torch.tensor([1.0, 2.0], dtype=torch.float64)
         torch.testing.assert_close(tensor, (inner - off).float(), rtol=1e-5, atol=1e-5)
         assert float(off.abs().max()) > 0.1
+    inner_means = [np.mean(reward_by_length(completions)) for _, completions, *_ in shaped.calls]
+    (entry, *_) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    in_window = len(shaped.calls) * 2 // 3  # two of three steps
+    assert entry["shaping/reward"] == pytest.approx(np.mean(inner_means[:in_window]), rel=1e-5)
+    assert "log" not in vars(trainer)
 
 
 @pytest.mark.newest

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from .errors import AuditError
 from .flags import Flag
+from .log_once import NextLog
 from .penalties import Penalty
 from .residual_stream import evaluation_mode
 from .rollout import trainer_of_function
@@ -24,8 +25,8 @@ class ShapedReward:
     """`r' = r − penalty`, to pass in `reward_funcs`.
 
     Keeps the inner reward's name for the trainer's logs, hands every keyword on, leaves None as None, and logs
-    through `log_metric` where the trainer has it: `shaping/reward`, `shaping/penalty`, `shaping/penalty_share`,
-    `shaping/{label}/score` and `shaping/{label}/coefficient`. Of an async reward the shaped one is async too.
+    `shaping/reward`, `shaping/penalty`, `shaping/penalty_share`, `shaping/{label}/score` and
+    `shaping/{label}/coefficient`: through `log_metric`, or in the next log of a trainer that has none. Of an async reward the shaped one is async too.
 
     Args:
         reward: a function `f(prompts, completions, completion_ids, **kwargs)` → numbers or None, async or not; or a
@@ -64,40 +65,44 @@ class ShapedReward:
             raise AuditError(f"The reward is a {type(reward).__name__}; pass a function or a reward model.")
         self.shaper = Shaper(scorer, flags, penalty)
         self.__name__ = name_of(reward)
+        self._next_log = NextLog()
         self._inner: Callable[..., Any] = (
             model_as_function(reward, reward_tokenizer) if isinstance(reward, nn.Module) else reward
         )
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Any:
-        learning = self._begin(kwargs)
-        return self._shape(prompts, completions, self._ask(prompts, completions, kwargs), kwargs, learning)
+        trainer, learning = self._begin(kwargs)
+        rewards = self._shape(
+            prompts, completions, self._ask(prompts, completions, kwargs), learning=learning
+        )
+        self._log(trainer, kwargs, learning=learning)
+        return rewards
 
     def _ask(self, prompts: Sequence[Any], completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return self._inner(prompts=prompts, completions=completions, **kwargs)
 
-    def _begin(self, kwargs: dict[str, Any]) -> bool:
+    def _begin(self, kwargs: dict[str, Any]) -> tuple[Trainer | None, bool]:
         trainer = trainer_of_function(kwargs)
         learning = trainer is None or bool(trainer.model.training)
         self.shaper.begin(trainer, learning=learning)
-        return learning
+        return trainer, learning
 
     def _shape(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        returned: Any,
-        kwargs: dict[str, Any],
-        learning: bool,
+        self, prompts: Sequence[Any], completions: Sequence[Any], returned: Any, *, learning: bool
     ) -> list[float | None]:
         rewards = checked_rewards(returned, len(completions), self.__name__)
         off = self.shaper.penalties(self.shaper.score(prompts, completions), rewards, learning=learning)
-        if "log_metric" in kwargs:
-            for name, value in self.shaper.metrics.items():
-                kwargs["log_metric"](name, value)
         return [
             None if reward is None else reward - less
             for reward, less in zip(rewards, off.tolist(), strict=True)
         ]
+
+    def _log(self, trainer: Trainer | None, kwargs: dict[str, Any], *, learning: bool) -> None:
+        if "log_metric" in kwargs:
+            for name, value in self.shaper.metrics.items():
+                kwargs["log_metric"](name, value)
+        elif trainer is not None and learning:
+            self._next_log.add(trainer, self.shaper.metrics)
 
 
 class _AsyncShapedReward(ShapedReward):
@@ -105,9 +110,11 @@ class _AsyncShapedReward(ShapedReward):
     rewards communicate in the same order on every process."""
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Any:
-        learning = self._begin(kwargs)
+        trainer, learning = self._begin(kwargs)
         returned = await self._ask(prompts, completions, kwargs)
-        return self._shape(prompts, completions, returned, kwargs, learning)
+        rewards = self._shape(prompts, completions, returned, learning=learning)
+        self._log(trainer, kwargs, learning=learning)
+        return rewards
 
 
 def model_as_function(
