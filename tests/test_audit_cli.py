@@ -143,3 +143,27 @@ def test_two_processes_share_an_audit_and_get_what_one_gets(world, tmp_path):
     for part in sorted((tmp_path / "one" / "parts").iterdir()):
         assert part.read_bytes() == (tmp_path / "two" / "parts" / part.name).read_bytes()
     assert one.features().equals(two.features())
+
+
+def test_lookahead_influence_and_evidence(world, tmp_path, capsys):
+    pairs(4, seed=8).to_json(tmp_path / "probe.jsonl")
+    flags = tmp_path / "flags.yaml"
+    out = tmp_path / "audit"
+    assert main([*audit_command(world, out), "--evidence", "2"]) == 0
+    assert (out / "evidence.md").read_text().count("## Feature") == 2
+    assert main(["flag", str(out), "--feature", "5", "--flags", str(flags)]) == 0
+    capsys.readouterr()
+    asked = [
+        "--lookahead",
+        str(tmp_path / "probe.jsonl"),
+        "--learning_rate",
+        "1e-4",
+        "--influence",
+        str(flags),
+    ]
+    assert main([*audit_command(world, out), *asked]) == 0
+    assert Audit.load(out).features()["predicted_change"].abs().max() > 0
+    filtered = ["filter", "--dataset", str(world / "pairs.jsonl"), "--audit", str(out), "--flags", str(flags)]
+    filtered += ["--score", '{"influence": 1, "attribution": 0.5}', "--quantile", "0.8"]
+    assert main([*filtered, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "→" in capsys.readouterr().out

@@ -129,9 +129,9 @@ def show(audit: Audit, top: int, console: Console) -> None:
     table = Table(title=f"{len(audit)} examples, {len(features)} features", title_justify="left")
     columns = ["feature", "attribution", "± s.e.", "lift", "q", "q equal length"]
     optional = [name for name in ("disparity", "predicted_change") if name in features]
-    columns += [name.replace("_", " ") for name in optional]
+    columns += [name.removesuffix("_change") for name in optional]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in features.head(top).to_dict("records"):
         cells = [str(row["feature"])]
         cells += [f"{row['attribution']:+.2e}", f"{row['standard_error']:.0e}"]
