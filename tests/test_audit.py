@@ -15,7 +15,8 @@ from trl import DPOConfig, DPOTrainer
 from worlds import D_MODEL, HOOK_POINT, make_dictionary, make_model, make_tokenizer, pairs
 
 from trl_sae_audit import AuditError, FeatureAttributionCallback, FeatureDictionary, RunRecord
-from trl_sae_audit.audit import Audit, audit_preferences
+from trl_sae_audit.audit import audit_preferences
+from trl_sae_audit.audit_result import Audit
 from trl_sae_audit.objectives import PreferenceLoss
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset, load_from_disk
 from worlds import make_dictionary, make_model, make_tokenizer, pairs
 
 from trl_sae_audit import AuditError, Flag, FlagSet, audit_preferences, filter_preferences
-from trl_sae_audit.audit import Audit
+from trl_sae_audit.audit_result import Audit
 from trl_sae_audit.filtering import example_scores
 
 FLAGS = FlagSet(
@@ -262,7 +262,7 @@ def test_a_kill_leaves_either_nothing_or_all(tmp_path, audit, data):
         """
         import os, signal, sys
         from trl_sae_audit import FlagSet, filter_preferences
-        from trl_sae_audit.audit import Audit
+        from trl_sae_audit.audit_result import Audit
         from trl_sae_audit import filter_writers
         data, audit, flags, out, when = sys.argv[1:]
         result = filter_preferences(data, Audit.load(audit), FlagSet.load(flags), budget=6)

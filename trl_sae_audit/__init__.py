@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .audit import Audit, audit_preferences, audit_reward_model
+    from .audit import audit_preferences, audit_reward_model
+    from .audit_result import Audit
     from .callback import FeatureAttributionCallback
     from .dictionary import FeatureDictionary
     from .errors import AuditError
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AdaptivePenalty": "penalties",
-    "Audit": "audit",
+    "Audit": "audit_result",
     "AuditError": "errors",
     "FeatureAttributionCallback": "callback",
     "FeatureDictionary": "dictionary",

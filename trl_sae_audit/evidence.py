@@ -23,7 +23,7 @@ from .preflight import check_dictionary
 from .residual_stream import evaluation_mode
 
 if TYPE_CHECKING:
-    from .audit import Audit
+    from .audit_result import Audit
 
 _NEURONPEDIA = "https://www.neuronpedia.org"
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")

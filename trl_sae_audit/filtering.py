@@ -22,7 +22,7 @@ from .flags import Flag, FlagSet
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
 
 if TYPE_CHECKING:
-    from .audit import Audit
+    from .audit_result import Audit
 
 STRATEGIES = ("drop", "flip", "weight", "resample")
 SCORES = ("attribution", "influence", "activation")

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from trl import DPOConfig
 
-from ..audit import Audit, audit_preferences
+from ..audit import audit_preferences
+from ..audit_result import Audit
 from ..evidence import gather_evidence, read_labels
 from ..flags import FlagSet
 from ..objectives import PreferenceLoss

@@ -11,7 +11,7 @@ from typing import Literal
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 
-from ..audit import Audit
+from ..audit_result import Audit
 from ..errors import AuditError
 from ..filtering import FilterResult, filter_preferences
 from ..flags import FlagSet

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..audit import Audit
+from ..audit_result import Audit
 from ..flags import Flag, append_flag
 from .arguments import parse
 from .preferences import first_as_option
