@@ -255,6 +255,25 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, audit, data):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_when_the_new_cannot_take_its_place_the_old_returns(tmp_path, monkeypatch, audit, data):
+    filter_preferences(data, audit, FLAGS, budget=6).save(tmp_path / "out", format="jsonl")
+    before = files_of(tmp_path / "out")
+    replace = Path.replace
+
+    def failing(self, target):
+        if self.name.endswith(".tmp") and Path(target).name == "out":
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(AuditError, match="Input/output error"):
+        filter_preferences(data, audit, FLAGS, budget=9).save(
+            tmp_path / "out", format="jsonl", overwrite=True
+        )
+    assert files_of(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_kill_leaves_either_nothing_or_all(tmp_path, audit, data):
     data.to_json(tmp_path / "data.jsonl")
     FLAGS.save(tmp_path / "flags.yaml")
