@@ -124,12 +124,11 @@ def test_what_arrives_below_is_orthogonal_to_the_flagged_directions(kind: str, t
     largest = 0.0
     for plain, shielded in zip(before.gradients, after.gradients, strict=True):
         expected = plain.double() - plain.double() @ basis @ basis.T
-        assert float((shielded.double() - expected).norm() / plain.double().norm()) < 1e-6
-        cosine = (shielded.double() @ directions().double().T).norm() / shielded.double().norm()
-        assert float(cosine) <= 1e-6
-        largest = max(
-            largest, float((plain.double() @ directions().double().T).norm() / plain.double().norm())
-        )
+        size = plain.double().norm()
+        assert (shielded.double() - expected).norm() <= 1e-6 * size
+        assert (shielded.double() @ directions().double().T).norm() <= 1e-6 * shielded.double().norm()
+        if size > 0:  # PPO clips away whole micro-batches, depending on numpy's unseeded shuffle
+            largest = max(largest, float((plain.double() @ directions().double().T).norm() / size))
     assert largest > 0.05
     assert not set(vars(trainer)) & {"log", "training_step", "compute_loss", "_run_epoch"}
 
