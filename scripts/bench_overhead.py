@@ -69,8 +69,9 @@ class NaiveCallback(TrainerCallback):
 class Turns:
     """Lets one thread at a time make one step; the order is shuffled every round."""
 
-    def __init__(self, names: list[str], seed: int) -> None:
+    def __init__(self, names: list[str], seed: int, clock: Callable[[], float]) -> None:
         self.names = names
+        self.clock = clock
         self.condition = threading.Condition()
         self.random = random.Random(seed)
         self.order: list[str] = []
@@ -91,7 +92,7 @@ class Turns:
             if self.failure:
                 raise SystemExit
             self.waiting.discard(name)
-            self.started = time.perf_counter()
+            self.started = self.clock()
 
     def leave(self, name: str) -> None:
         with self.condition:
@@ -108,7 +109,7 @@ class Turns:
 
     def _hand_on(self, name: str) -> None:
         if self.order and self.order[0] == name and self.started is not None:
-            self.times[name].append(time.perf_counter() - self.started)
+            self.times[name].append(self.clock() - self.started)
             self.order.pop(0)
             self.started = None
 
@@ -209,7 +210,8 @@ def make_trainer(variant: str, parts: Any, options: argparse.Namespace, director
 
 
 def time_variants(variants: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
-    turns = Turns(list(variants), seed=options.seed)
+    clock = time.thread_time if options.clock == "cpu" else time.perf_counter
+    turns = Turns(list(variants), options.seed, clock)
     parts = real_parts(options) if options.model else tiny_parts()
     with tempfile.TemporaryDirectory() as root:
         trainers = {}
@@ -280,6 +282,12 @@ def main() -> None:
     parser.add_argument("--logging-steps", type=int, default=10, help="TRL's default is 10")
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the thread's own processor time, for a busy machine; with OMP_NUM_THREADS=1 that is all there is",
+    )
     parser.add_argument("--memory", action="store_true", help="also peak memory, one process a variant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -293,7 +301,9 @@ def main() -> None:
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads"
     )
-    table = Table(title=f"DPO step on {device} ({platform.machine()}), {options.rounds} paired rounds")
+    table = Table(
+        title=f"DPO step on {device} ({platform.machine()}), {options.rounds} paired rounds, {options.clock} time"
+    )
     for column in (
         "variant",
         "median step",

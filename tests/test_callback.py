@@ -96,7 +96,11 @@ def test_a_resumed_run_has_the_same_totals_as_one_never_stopped(tmp_path: Path) 
         )
         trainer.add_callback(
             FeatureAttributionCallback(
-                topk_dictionary(), directory / "record", watch={"one": 1}, probe=["w1 w2"], probe_steps=1
+                topk_dictionary(),
+                directory / "record",
+                watch={f"feature {i}": i for i in range(24)},
+                probe=["w1 w2 w3 w4 w5"],
+                probe_steps=1,
             )
         )
         trainer.train(resume_from_checkpoint=str(directory / "out" / "checkpoint-4") if resume else None)
@@ -107,6 +111,7 @@ def test_a_resumed_run_has_the_same_totals_as_one_never_stopped(tmp_path: Path) 
     parts = run(tmp_path / "parts", max_steps=8, resume=True)
     for name, values in whole.totals().state_dict().items():
         assert np.array_equal(values, parts.totals().state_dict()[name]), name
+    assert whole.table("drift")["drift"].abs().max() > 0
     for table in ("steps", "gradient", "drift", "health"):
         pd.testing.assert_frame_equal(whole.table(table), parts.table(table))
     assert parts.manifest["resumed"][0]["step"] == 4
