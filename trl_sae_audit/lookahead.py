@@ -28,7 +28,7 @@ from .errors import AuditError
 from .hook_points import HookPoint
 from .language_head import LanguageHead
 from .objectives import Loss, TokenizedExample
-from .residual_stream import evaluation_mode
+from .residual_stream import evaluation_mode, stopped_at
 from .update_rule import AffineUpdate, Tensors, UpdateRule
 
 Batches = Callable[[], Iterable[Sequence[TokenizedExample]]]
@@ -223,20 +223,8 @@ class Lookahead:
 
     def _probe_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states of the answers' tokens [m, d_model]; nothing above the hook point is run."""
-        found: list[Tensor] = []
-
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
-
-        handle = self.point.module.register_forward_hook(stop)
-        try:
-            last_hidden_state(self.point.decoder, batch)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return found[0][batch["completion_mask"].bool()]
+        hidden = stopped_at(self.point, lambda: last_hidden_state(self.point.decoder, batch))
+        return hidden[batch["completion_mask"].bool()]
 
     def _probe_tokens(self) -> int:
         if not hasattr(self, "_tokens"):
@@ -294,10 +282,6 @@ class Lookahead:
         """`function(*args)` with other parameters in the model."""
         calling = _Calling(self.model, function)
         return functional_call(calling, {f"model.{name}": value for name, value in parameters.items()}, args)
-
-
-class _Reached(Exception):  # noqa: N818, not an error
-    """The forward pass has come to the hook point."""
 
 
 class _Calling(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -85,6 +85,23 @@ class _Reached(Exception):  # noqa: N818, not an error
     """The forward pass has come to the hook point; what lies above is not needed."""
 
 
+def stopped_at(point: HookPoint, forward: Callable[[], object]) -> Tensor:
+    """What the hook point puts out when `forward` runs its decoder; the pass ends there, and keeps its graph if it has one."""
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = point.module.register_forward_hook(capture)
+    try:
+        with contextlib.suppress(_Reached):
+            forward()
+    finally:
+        handle.remove()
+    return captured[0]
+
+
 @torch.no_grad()
 def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
     """Hidden states [rows, tokens, d_model] at the hook point, in evaluation mode; nothing above it is computed.
@@ -94,19 +111,9 @@ def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
         batch: `input_ids` and `attention_mask`, [rows, tokens], on any device.
     """
     device = next(point.decoder.parameters()).device
-    captured: list[Tensor] = []
-
-    def capture(module: nn.Module, args: Any, output: Any) -> None:
-        captured.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
-
-    handle = point.module.register_forward_hook(capture)
-    try:
-        with evaluation_mode(point.decoder), contextlib.suppress(_Reached):
-            point.decoder(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
-    finally:
-        handle.remove()
-    return captured[0]
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    with evaluation_mode(point.decoder):
+        return stopped_at(point, lambda: point.decoder(**inputs, use_cache=False))
 
 
 @contextlib.contextmanager
