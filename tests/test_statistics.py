@@ -7,8 +7,10 @@ import pytest
 from scipy import stats
 
 from trl_sae_audit import statistics
+from trl_sae_audit.errors import AuditError
 from trl_sae_audit.statistics import (
     benjamini_hochberg,
+    bootstrap_interval,
     mann_kendall,
     sign_flip_p,
     standard_error_of_sum,
@@ -162,3 +164,26 @@ def test_two_sided_t_p_matches_scipy() -> None:
     np.testing.assert_allclose(two_sided_t_p(t, degrees), 2 * stats.t.sf(np.abs(t), degrees), rtol=1e-10)
     normal = two_sided_normal_p(np.array([1.0, 4.0]))
     np.testing.assert_allclose(two_sided_t_p(np.array([1.0, 4.0]), np.full(2, np.inf)), normal, rtol=1e-10)
+
+
+def test_a_bootstrap_interval_of_a_mean_is_that_of_the_normal_where_the_sample_is_large(rng):
+    sample = rng.standard_normal(4000)
+    found = bootstrap_interval(sample)
+    half = 1.96 * sample.std() / np.sqrt(len(sample))
+    np.testing.assert_allclose(
+        [found.low, found.high], [sample.mean() - half, sample.mean() + half], atol=0.1 * half
+    )
+    assert found.estimate == sample.mean()
+
+
+def test_a_bootstrap_draws_whole_rows(rng):
+    x = rng.standard_normal(50)
+    found = bootstrap_interval(np.stack([x, 3 * x], 1), lambda rows: np.corrcoef(rows.T)[0, 1], draws=200)
+    np.testing.assert_allclose([found.low, found.high], 1.0)
+    assert found.contains(1.0)
+    assert not found.contains(0.5)
+
+
+def test_a_bootstrap_of_nothing_is_refused():
+    with pytest.raises(AuditError, match="sample is empty"):
+        bootstrap_interval(np.zeros((0, 2)))

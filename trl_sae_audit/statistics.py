@@ -4,9 +4,14 @@ With 65,536 features something always looks large, so each p-value here is meant
 `benjamini_hochberg` before anyone believes it.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import stats
 from scipy.special import erfc, stdtr
+
+from .errors import AuditError
 
 _CELLS = 1 << 20
 """Elements of the largest temporary array: small enough to stay in a processor's cache."""
@@ -159,3 +164,52 @@ def _every_sign(n: int) -> np.ndarray:
 def _random_signs(n: int, n_flips: int, seed: int) -> np.ndarray:
     draws = np.random.default_rng(seed).integers(0, 2, size=(n_flips, n), dtype=np.int8)
     return 1 - 2 * draws
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a confidence interval, in the unit of what was estimated."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def contains(self, value: float) -> bool:
+        """Whether `value` lies in the interval, bounds included."""
+        return self.low <= value <= self.high
+
+
+def bootstrap_interval(
+    sample: np.ndarray,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    draws: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap (Efron 1979) of a statistic over the rows of a sample.
+
+    What is drawn again is a row, so rows must be the independent units (seeds, examples, features), and paired
+    quantities must stand in one row. With few rows percentile intervals are too narrow: five seeds cover about 85 % instead
+    of 95 %.
+
+    Args:
+        sample: [n, …], one row a unit.
+        statistic: sample of any number of rows → number.
+        draws: resamples.
+        confidence: coverage of the interval.
+        seed: of the resampling.
+
+    Raises:
+        AuditError: if the sample is empty.
+    """
+    sample = np.asarray(sample)
+    if not len(sample):
+        raise AuditError("There is nothing to estimate from: the sample is empty.")
+    generator = np.random.default_rng(seed)
+    values = [statistic(sample[generator.integers(0, len(sample), len(sample))]) for _ in range(draws)]
+    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(statistic(sample)), float(low), float(high))

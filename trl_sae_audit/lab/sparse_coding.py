@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from trl_sae_audit.hook_points import resolve_hook_point
 from trl_sae_audit.lab.pretraining import encode_pairs
+from trl_sae_audit.residual_stream import hidden_states
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -60,7 +62,6 @@ def hook_point(layer: int) -> str:
     return f"model.layers.{layer}"
 
 
-@torch.no_grad()
 def residual_stream(
     model: PreTrainedModel,
     module: str,
@@ -69,19 +70,10 @@ def residual_stream(
     batch_size: int = 256,
 ) -> torch.Tensor:
     """The output of a module for every token, [n, length, d_model] float32; padding included."""
-    outputs: list[torch.Tensor] = []
-
-    def keep(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        outputs.append(output.float())
-
-    handle = model.get_submodule(module).register_forward_hook(keep)
-    try:
-        for start in range(0, len(input_ids), batch_size):
-            rows = slice(start, start + batch_size)
-            model(input_ids=input_ids[rows], attention_mask=attention_mask[rows])
-    finally:
-        handle.remove()
-    return torch.cat(outputs)
+    point = resolve_hook_point(model, module)
+    batches = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+    states = [hidden_states(point, {"input_ids": ids, "attention_mask": mask}) for ids, mask in batches]
+    return torch.cat(states).float()
 
 
 def token_activations(
