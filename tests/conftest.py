@@ -45,6 +45,7 @@ ONCE = {
     "test_hook_points.py",
     "test_lab.py",
     "test_lookahead.py",
+    "test_outcomes.py",
     "test_penalties.py",
     "test_readme.py",
     "test_record.py",

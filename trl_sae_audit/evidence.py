@@ -1,11 +1,10 @@
-"""Evidence: what a feature is about, from the examples, tokens and vocabulary that go with it."""
+"""Gathering evidence: the examples, tokens and vocabulary that go with a feature."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .audit_pass import AuditPass, frozen
 from .dictionary import FeatureDictionary
 from .errors import AuditError
+from .evidence_files import Evidence, Example, Token
 from .language_head import LanguageHead
 from .objectives import Loss
 from .preferences import Source, as_text, iterate_rows
@@ -27,80 +27,6 @@ if TYPE_CHECKING:
 
 _NEURONPEDIA = "https://www.neuronpedia.org"
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer: the feature's activation on it, and its part of the example's attribution."""
-
-    text: str
-    activation: float
-    attribution: float
-
-
-@dataclass(frozen=True)
-class Example:
-    """An example that drives a feature.
-
-    Attributes:
-        row: its number in the data.
-        attribution: its part of the feature's attribution over the dataset.
-        prompt, answers: its texts; the answers by side.
-        tokens: by side, those of the answer and the one before it, whose logits enter the loss.
-    """
-
-    row: int
-    attribution: float
-    prompt: str
-    answers: dict[str, str]
-    tokens: dict[str, list[Token]]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What there is to look at before a feature is flagged.
-
-    Attributes:
-        promotes, suppresses: tokens whose logits the direction raises and lowers most, through the model's own final
-            norm and unembedding, as if nothing stood between the hook point and them.
-        examples: those with the largest attribution, up and down.
-        link: of the feature's page on Neuronpedia, where the dictionary has an id there.
-    """
-
-    dictionary: str
-    feature: int
-    label: str
-    attribution: float
-    q_value: float
-    promotes: list[str]
-    suppresses: list[str]
-    examples: list[Example]
-    link: str | None = None
-    statistics: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def to_markdown(self) -> str:
-        """A section to read; tokens with a large part in the attribution are in bold."""
-        title = f"## Feature {self.feature}" + (f": {self.label}" if self.label else "")
-        lines = [title, "", f"Attribution {self.attribution:+.3g}, q {self.q_value:.2g}."]
-        if self.link:
-            lines.append(f"[Neuronpedia]({self.link})")
-        lines += [
-            "",
-            f"Raises the logits of {_quoted(self.promotes)};",
-            f"lowers those of {_quoted(self.suppresses)}.",
-            "",
-        ]
-        for example in self.examples:
-            lines += [
-                f"Row {example.row}, attribution {example.attribution:+.3g}. Prompt: {_short(example.prompt)}",
-                "",
-            ]
-            lines += [f"- {side}: {_marked(tokens)}" for side, tokens in example.tokens.items()]
-            lines.append("")
-        return "\n".join(lines)
 
 
 def gather_evidence(
@@ -288,32 +214,3 @@ def _example(
         tokens[side] = [Token(*each) for each in zip(texts, activation, part, strict=True)]
     answers = {side: as_text(columns[side]) for side in running.loss.sides if side in columns}
     return Example(number, attribution, as_text(columns.get("prompt")), answers, tokens)
-
-
-def _marked(tokens: Sequence[Token], most: int = 40) -> str:
-    """Tokens around the one with the largest part, the large parts in bold."""
-    if not tokens:
-        return ""
-    sizes = [abs(token.attribution) for token in tokens]
-    centre = sizes.index(max(sizes))
-    start = max(0, min(centre - most // 2, len(tokens) - most))
-    shown = tokens[start : start + most]
-    limit = max(sizes) / 2
-    marked = (
-        f"**{_plain(token.text)}**" if limit > 0 and abs(token.attribution) >= limit else _plain(token.text)
-        for token in shown
-    )
-    return ("…" if start else "") + "".join(marked) + ("…" if start + most < len(tokens) else "")
-
-
-def _plain(text: str) -> str:
-    return text.replace("\n", "↵").replace("*", "\\*")
-
-
-def _quoted(texts: Sequence[str]) -> str:
-    return ", ".join(f"`{text.strip() or repr(text)}`" for text in texts)
-
-
-def _short(text: str, most: int = 160) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= most else flat[: most - 1] + "…"

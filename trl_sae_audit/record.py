@@ -70,6 +70,11 @@ class RunRecord:
         parts = [self._part(stored) for stored in self._stored.tables[name]]
         return pa.concat_tables(parts, promote_options="permissive").to_pandas() if parts else pd.DataFrame()
 
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables the run wrote."""
+        return sorted(self._stored.tables)
+
     def steps(self, dictionary: str | None = None) -> pd.DataFrame:
         """Long format, one row a step, dictionary and feature that was watched or in the step's top k.
 

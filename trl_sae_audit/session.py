@@ -149,6 +149,7 @@ class Session:
             return
         self._project()
         self._measure_health()
+        self._record_log(logs)
         sides = self.layout.sides
         for channel in self.channels:
             prefix = "sae" if len(self.channels) == 1 else f"sae/{channel.dictionary.name}"
@@ -245,6 +246,24 @@ class Session:
         if self.trainer.accelerator.num_processes == 1:
             return tensor
         return self.trainer.accelerator.reduce(tensor, "sum")
+
+    def _record_log(self, logs: Mapping[str, Any]) -> None:
+        """The trainer's own numbers, so that the record shows reward, penalty and loss beside the features."""
+        numbers = {
+            name: float(value)
+            for name, value in logs.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        if self._writer is not None and numbers:
+            self._writer.append(
+                "log",
+                {
+                    "step": [self.step] * len(numbers),
+                    "global_step": [self.trainer.state.global_step] * len(numbers),
+                    "name": list(numbers),
+                    "value": list(numbers.values()),
+                },
+            )
 
     def _measure_health(self) -> None:
         if self._health_step == self.step:

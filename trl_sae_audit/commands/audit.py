@@ -14,6 +14,7 @@ from trl import DPOConfig
 from ..audit import audit_preferences
 from ..audit_result import Audit
 from ..evidence import gather_evidence, read_labels
+from ..evidence_files import write_evidence
 from ..flags import FlagSet
 from ..objectives import PreferenceLoss
 from ..sae import load_dictionary
@@ -68,7 +69,9 @@ class AuditArguments:
     )
     evidence: int = field(
         default=0,
-        metadata={"help": "Write evidence.md for that many top features: examples, tokens, vocabulary."},
+        metadata={
+            "help": "Gather evidence for that many top features (examples, tokens, vocabulary): evidence.md to read, evidence.json for the report."
+        },
     )
     labels: str | None = field(
         default=None,
@@ -119,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
             found = gather_evidence(
                 audit, features, model, tokenizer, source, dictionary, loss, labels=labels
             )
-            (audit.directory / "evidence.md").write_text("\n".join(each.to_markdown() for each in found))
+            write_evidence(audit.directory, found)
         show(audit, arguments.top, Console())
     return 0
 
