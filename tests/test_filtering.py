@@ -17,7 +17,7 @@ from worlds import make_dictionary, make_model, make_tokenizer, pairs
 
 from trl_sae_audit import AuditError, Flag, FlagSet, audit_preferences, filter_preferences
 from trl_sae_audit.audit_result import Audit
-from trl_sae_audit.filtering import example_scores
+from trl_sae_audit.filter_scores import example_scores
 
 FLAGS = FlagSet(
     [Flag("tiny", 11, "sycophancy", "a test", 1.0), Flag("tiny", 40, "verbosity", "", 0.5, "down")]
