@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .guards import GuardCallback, TrainingStopped
     from .margin import shape_preference_margin
     from .penalties import AdaptivePenalty, FixedPenalty
+    from .realised import realised_change, sampled_change
     from .record import RunRecord
     from .sae import load_dictionary
     from .scorer import FeatureScorer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .shaped_reward_model import ShapedRewardModel
     from .shaping_callback import ShapingCallback
     from .shield import FeatureShieldCallback
+    from .verification import predictors_of, verify
 
 __version__ = "0.1.0"
 
@@ -47,7 +49,11 @@ _HOME = {
     "audit_reward_model": "audit",
     "filter_preferences": "filtering",
     "load_dictionary": "sae",
+    "predictors_of": "verification",
+    "realised_change": "realised",
+    "sampled_change": "realised",
     "shape_preference_margin": "margin",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -72,7 +78,11 @@ __all__ = [
     "audit_reward_model",
     "filter_preferences",
     "load_dictionary",
+    "predictors_of",
+    "realised_change",
+    "sampled_change",
     "shape_preference_margin",
+    "verify",
 ]
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "audit": Command("audit", "which features would this preference data teach?"),
     "flag": Command("flag", "mark a feature of an audit as one that should not be taught"),
     "filter": Command("filter", "remove, flip or weight the pairs that teach flagged features"),
+    "verify": Command("verify", "did the scores predict what training did to the features?"),
     "train-sae": Command(
         "train_sae", "train a dictionary on the residual stream of your own model and texts"
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from .errors import AuditError
 from .objectives import PreferenceLoss, TokenizedExample
 from .preferences import Row, Source, as_text, is_conversation, iterate_rows
 from .residual_stream import evaluation_mode
+from .sampling import Sampling, sample_ids
 
 
 class RewardFunction(Protocol):
@@ -28,23 +28,6 @@ class RewardFunction(Protocol):
 
 
 Reward: TypeAlias = RewardFunction | PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled where the data has none.
-
-    Attributes:
-        answers: for each prompt; an advantage needs two.
-        max_new_tokens: longest answer.
-        temperature: of sampling, as in training.
-        seed: of sampling.
-    """
-
-    answers: int = 4
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    seed: int = 0
 
 
 class PolicyGradientLoss:
@@ -236,7 +219,6 @@ def _model_rewards(
     return values
 
 
-@torch.no_grad()
 def _sampled(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -245,24 +227,10 @@ def _sampled(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """Each row once for each sampled answer."""
-    sampled: list[dict[str, Any]] = []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    with evaluation_mode(model), torch.random.fork_rng():
-        torch.manual_seed(sampling.seed)
-        for row in rows:
-            prompt, _ = answer_ids(tokenizer, row["prompt"], "")
-            ids = torch.tensor([prompt] * sampling.answers, device=device)
-            output = model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=sampling.temperature,
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=pad,
-            )
-            for text in tokenizer.batch_decode(output[:, len(prompt) :], skip_special_tokens=True):
-                sampled.append({**row, "completion": text})
-    return sampled
+    prompts = [answer_ids(tokenizer, row["prompt"], "")[0] for row in rows]
+    sampled = sample_ids(model, tokenizer, prompts, sampling, batch_size=batch_size)
+    return [
+        {**row, "completion": tokenizer.decode(answer, skip_special_tokens=True)}
+        for row, answers in zip(rows, sampled, strict=True)
+        for answer in answers
+    ]

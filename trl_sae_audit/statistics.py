@@ -213,3 +213,29 @@ def bootstrap_interval(
     values = [statistic(sample[generator.integers(0, len(sample), len(sample))]) for _ in range(draws)]
     low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(statistic(sample)), float(low), float(high))
+
+
+def resampling_counts(n: int, draws: int, seed: int = 0) -> np.ndarray:
+    """How often each of n units is drawn in each bootstrap resample: [draws, n], every row adding up to n.
+
+    For statistics of weighted sums, where drawing rows one by one would be slow.
+    """
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+def centred_interval(
+    estimate: float,
+    replicates: np.ndarray,
+    confidence: float = 0.95,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Interval:
+    """The spread of bootstrap replicates around their own mean, laid around the estimate, within `bounds`.
+
+    For statistics that sampling noise biases, such as R²: resampling adds the noise a second time, so that the replicates'
+    own percentiles would lie beside the estimate. NaN if the estimate or a replicate is.
+    """
+    if np.isnan(estimate) or np.isnan(replicates).any():
+        return Interval(estimate, np.nan, np.nan)
+    ends = np.quantile(replicates, [(1 - confidence) / 2, (1 + confidence) / 2]) - np.mean(replicates)
+    low, high = np.clip(estimate + ends, *bounds)
+    return Interval(float(estimate), float(low), float(high))

@@ -1,0 +1,296 @@
+"""Realised change: how much more active each feature is after training, on given answers or on sampled ones.
+
+Two questions that are easily confused:
+
+- *Teacher-forced*: does the trained model represent the same text differently? Both checkpoints read the same held-out
+  answers, each with its own weights. This is what a lookahead predicts.
+- *Sampled*: does the trained model write different text? Both answer the same prompts, and the frozen model before
+  training reads all of it. A feature that rises here is behaviour, which no change of representation can imitate.
+
+An activation is averaged over tokens, `ā_f = Σ a_f[t] / number of answer tokens`, the end of sequence included. What is
+independent, and so what a bootstrap draws again, is a prompt: its answers are one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .dictionary import FeatureDictionary
+from .errors import AuditError
+from .objectives import Loss, PreferenceLoss
+from .preferences import ANSWERS, PairCheck, Source, as_text, iterate_rows
+from .preflight import check_dictionary
+from .residual_stream import hidden_states
+from .rewards import AnswerCheck, PolicyGradientLoss, answer_ids
+from .sampling import Sampling, sample_ids
+
+_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class AnswerActivations:
+    """Every feature's activation summed over the answers' tokens, unit by unit.
+
+    Attributes:
+        sums: [units, d_sae] float32. tokens: how many they were summed over [units]. prompts: of each unit.
+        active: whether each feature was active on any token [d_sae].
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray
+    prompts: tuple[str, ...]
+    active: np.ndarray
+
+    def mean(self, counts: np.ndarray | None = None) -> np.ndarray:
+        """ā_f with each unit taken as often as `counts` [draws, units] say: [draws, d_sae], or [d_sae] without."""
+        weights = np.ones((1, len(self.tokens))) if counts is None else counts
+        means = (weights.astype(np.float32) @ self.sums) / (weights @ self.tokens)[:, None]
+        return means[0] if counts is None else means
+
+
+@dataclass(frozen=True)
+class RealisedChange:
+    """What training did to the features: activations before and after, on the same prompts.
+
+    Attributes:
+        kind: "teacher-forced" or "sampled".
+        before, after: the activations.
+    """
+
+    kind: str
+    before: AnswerActivations
+    after: AnswerActivations
+
+    def __post_init__(self) -> None:
+        if self.before.prompts != self.after.prompts:
+            raise AuditError(
+                "The activations before and after are of other prompts; compute both on the same."
+            )
+
+    def __len__(self) -> int:
+        return len(self.before.tokens)
+
+    @cached_property
+    def change(self) -> np.ndarray:
+        """Mean activation after less before: [d_sae]."""
+        return self.after.mean() - self.before.mean()
+
+    @property
+    def active(self) -> np.ndarray:
+        """Whether each feature is active in any answer, before or after: [d_sae]. The others have no change to predict."""
+        return self.before.active | self.after.active
+
+    def resampled(self, counts: np.ndarray) -> np.ndarray:
+        """The change with each unit taken as often as `counts` [draws, units] say: [draws, d_sae]."""
+        return self.after.mean(counts) - self.before.mean(counts)
+
+
+def realised_change(
+    before: nn.Module,
+    after: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dictionary: FeatureDictionary,
+    responses: Source,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = 1024,
+    progress: bool = False,
+) -> RealisedChange:
+    """Teacher-forced: each checkpoint encodes the same held-out answers.
+
+    Args:
+        before, after: causal language models, with adapters or without.
+        tokenizer: of both.
+        dictionary: with its hook point in both.
+        responses: pairs (`chosen`, `rejected`: both answers count), or rows of `prompt` and `completion`, in any layout
+            TRL reads; not from the training data.
+        batch_size: rows at a time; changes nothing but speed and memory.
+        max_length: tokens at which prompt and answer are cut.
+        progress: show a bar.
+
+    Raises:
+        AuditError: no rows, or a bad one, by its number; a dictionary that does not fit.
+    """
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
+    return RealisedChange(
+        "teacher-forced",
+        answer_activations(before, tokenizer, dictionary, responses, **options),
+        answer_activations(after, tokenizer, dictionary, responses, **options),
+    )
+
+
+def sampled_change(
+    before: nn.Module,
+    after: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dictionary: FeatureDictionary,
+    prompts: Source,
+    *,
+    reference: nn.Module | None = None,
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> RealisedChange:
+    """Sampled: both checkpoints answer the same prompts, and one frozen model encodes all answers.
+
+    Both sample with the same random numbers, see `sample_ids`, which takes most of the noise out of their difference.
+
+    Args:
+        before, after, tokenizer, dictionary: as for `realised_change`.
+        prompts: rows with `prompt`; other columns do not matter.
+        reference: the model that encodes; by default `before`.
+        sampling: one answer a prompt, of at most 128 tokens, at temperature 1, if None.
+        batch_size: answers at a time.
+        progress: show a bar.
+
+    Raises:
+        AuditError: no rows, or one without a prompt; a dictionary that does not fit.
+    """
+    reader = before if reference is None else reference
+    asked = [row.columns or {} for row in iterate_rows(prompts)]
+    missing = [number for number, row in enumerate(asked) if not row.get("prompt")]
+    if missing or not asked:
+        problem = f"row {missing[0]} has no 'prompt'" if missing else "there are no rows"
+        raise AuditError(f"Answers are sampled at prompts, but {problem}; give rows with a 'prompt'.")
+    texts = [as_text(row["prompt"]) for row in asked]
+    begun = [answer_ids(tokenizer, row["prompt"], "")[0] for row in asked]
+    found = []
+    for model in (before, after):
+        answers = sample_ids(
+            model,
+            tokenizer,
+            begun,
+            sampling or Sampling(answers=1),
+            batch_size=batch_size,
+            progress=progress,
+        )
+        pairs = [
+            (text, prompt, answer)
+            for text, prompt, several in zip(texts, begun, answers, strict=True)
+            for answer in several
+        ]
+        found.append(_encoded(reader, tokenizer, dictionary, pairs, batch_size, progress))
+    return RealisedChange("sampled", *found)
+
+
+def answer_activations(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dictionary: FeatureDictionary,
+    responses: Source,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = 1024,
+    progress: bool = False,
+) -> AnswerActivations:
+    """One checkpoint's half of `realised_change`, for who compares several with the same one before."""
+    rows = [(row.index, row.columns) for row in _checked(responses)]
+    loss = _tokenized_as(tokenizer, rows[0][1], max_length)
+    examples = loss.tokenize([(index, {"advantage": 0.0, **columns}) for index, columns in rows])
+    prompts = {index: _prompt_of(columns) for index, columns in rows}
+    point = check_dictionary(dictionary, model)
+    batches = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        batch = loss.collate(part)
+        texts = [prompts[example.row] for example in part] * loss.rows_per_example
+        batches.append((texts, batch))
+    return _summed(point, dictionary, batches, progress)
+
+
+def _checked(responses: Source) -> list[Any]:
+    rows = list(iterate_rows(responses))
+    if not rows:
+        raise AuditError("There are no responses to compare the models on; give at least one.")
+    first = rows[0].columns or {}
+    check = PairCheck() if all(name in first for name in ANSWERS) else AnswerCheck()
+    if isinstance(check, AnswerCheck) and "completion" not in first:
+        raise AuditError(
+            f"The responses have the columns {sorted(first)}; give pairs with 'chosen' and 'rejected', or rows with 'prompt' "
+            "and 'completion'."
+        )
+    for row in rows:
+        if row.columns is not None and isinstance(check, AnswerCheck):
+            row.columns.setdefault("advantage", 0.0)
+        problem = check(row)
+        if problem:
+            raise AuditError(f"Row {row.index} of the responses {problem}; correct or remove it.")
+    return rows
+
+
+def _tokenized_as(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None) -> Loss:
+    """Pairs as TRL's DPOTrainer cuts and ends them, single answers as a trainer that samples sees them."""
+    if "chosen" not in row:
+        return PolicyGradientLoss(tokenizer, max_length)
+    from trl import DPOConfig
+
+    return PreferenceLoss(tokenizer, DPOConfig("unused", max_length=max_length, bf16=False, report_to="none"))
+
+
+def _prompt_of(columns: dict[str, Any]) -> str:
+    """Which rows belong to one unit; a pair without a prompt is its own."""
+    if columns.get("prompt") is not None:
+        return as_text(columns["prompt"])
+    return "\n".join(as_text(columns[name]) for name in ANSWERS)
+
+
+def _encoded(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dictionary: FeatureDictionary,
+    answered: Sequence[tuple[str, list[int], list[int]]],
+    batch_size: int,
+    progress: bool,
+) -> AnswerActivations:
+    """Of (prompt's text, prompt's ids, answer's ids)."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batches = []
+    for start in range(0, len(answered), batch_size):
+        part = answered[start : start + batch_size]
+        longest = max(len(prompt) + len(answer) for _, prompt, answer in part)
+        ids = torch.full((len(part), longest), pad)
+        attended, counted = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, (_, prompt, answer) in enumerate(part):
+            ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            attended[row, : len(prompt) + len(answer)] = 1
+            counted[row, len(prompt) : len(prompt) + len(answer)] = 1
+        batch = {"input_ids": ids, "attention_mask": attended, "completion_mask": counted}
+        batches.append(([text for text, _, _ in part], batch))
+    return _summed(check_dictionary(dictionary, model), dictionary, batches, progress)
+
+
+@torch.no_grad()
+def _summed(
+    point: Any,
+    dictionary: FeatureDictionary,
+    batches: Sequence[tuple[list[str], dict[str, Tensor]]],
+    progress: bool,
+) -> AnswerActivations:
+    device = next(point.decoder.parameters()).device
+    dictionary = dictionary.to(device)
+    units = {text: unit for unit, text in enumerate(dict.fromkeys(t for texts, _ in batches for t in texts))}
+    sums = torch.zeros(len(units), dictionary.d_sae, device=device)
+    tokens = np.zeros(len(units))
+    active = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=device)
+    width = max(1, _CHUNK_BYTES // (4 * dictionary.d_sae))
+    bar = tqdm(batches, desc="Encoding", unit=" batches", disable=None if progress else True)
+    for texts, batch in bar:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        counted = batch["completion_mask"].bool()
+        owner = torch.tensor([units[text] for text in texts])[:, None].expand(counted.shape)[counted]
+        hidden = hidden_states(point, inputs)[counted.to(device)]
+        np.add.at(tokens, owner.numpy(), 1)
+        for states, owners in zip(hidden.split(width), owner.to(device).split(width), strict=True):
+            activations = dictionary.encode(states)
+            sums.index_add_(0, owners, activations)
+            active |= (activations != 0).any(0)
+    return AnswerActivations(sums.cpu().numpy(), tokens, tuple(units), active.cpu().numpy())
