@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,11 @@ def show(found: Sequence[Verification], console: Console) -> None:
     """Print a table for each target, 80 columns wide."""
     for each in found:
         console.print(
-            f"[bold]{each.kind}[/bold]: {len(each.features)} active features, {each.units} prompts; a perfect score would "
-            f"have R² {each.ceiling:.2f}",
+            f"[bold]{each.kind}[/bold]: {len(each.features)} active features, {each.units} prompts; a perfect score: "
+            f"R² {each.ceiling:.2f}",
             highlight=False,
         )
-        table = Table(box=box.SIMPLE_HEAD)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         table.add_column("score", overflow="fold")
         for column in ("R²", "Spearman ρ", f"top {each.top_k}"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -165,6 +165,6 @@ def show(found: Sequence[Verification], console: Console) -> None:
 _COLUMNS = (("r2", 1.0, ".2f"), ("spearman", 1.0, "+.2f"), ("precision", 100.0, ".0f"))
 
 
-def _cell(row: dict[str, Any], name: str, unit: float, form: str) -> str:
+def _cell(row: Mapping[Hashable, Any], name: str, unit: float, form: str) -> str:
     value, low, high = (format(unit * row[key], form) for key in (name, f"{name}_low", f"{name}_high"))
     return f"{value}{' %' if unit == 100 else ''} [{low}, {high}]".replace("[", "\\[")
