@@ -51,6 +51,7 @@ ONCE = {
     "test_record.py",
     "test_scorer.py",
     "test_statistics.py",
+    "test_terminal.py",
     "test_totals.py",
     "test_train_sae.py",
 }

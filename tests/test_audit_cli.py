@@ -74,7 +74,7 @@ def test_audit_flag_filter(world, tmp_path, capsys):
     assert (
         main([*filtered, "--budget", "0.1", "--control", "true", "--output_dir", str(tmp_path / "out")]) == 0
     )
-    assert "18 kept" in capsys.readouterr().out
+    assert "18 of 20 rows kept" in capsys.readouterr().out
     assert len((tmp_path / "out" / "control.jsonl").read_text().splitlines()) == 18
     assert json.loads((tmp_path / "out" / "filter.json").read_text())["summary"]["dropped"] == 2
 
@@ -166,4 +166,4 @@ def test_lookahead_influence_and_evidence(world, tmp_path, capsys):
     filtered = ["filter", "--dataset", str(world / "pairs.jsonl"), "--audit", str(out), "--flags", str(flags)]
     filtered += ["--score", '{"influence": 1, "attribution": 0.5}', "--quantile", "0.8"]
     assert main([*filtered, "--output_dir", str(tmp_path / "out")]) == 0
-    assert "→" in capsys.readouterr().out
+    assert "attribution before" in capsys.readouterr().out

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import trl
-from rich.console import Console
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from small_model import WIDTH, make_model, make_texts, make_tokenizer
@@ -19,6 +17,7 @@ from transformers import LlamaForCausalLM
 from trl_sae_audit import FeatureDictionary, load_dictionary
 from trl_sae_audit.commands.doctor import show
 from trl_sae_audit.doctor import Check, Diagnosis, diagnose, trainer_support
+from trl_sae_audit.terminal import OutputArguments
 from trl_sae_audit.train_sae import TrainSAEConfig, train_dictionary
 
 TEXTS = make_texts(40)
@@ -159,9 +158,8 @@ def test_a_trainer_whose_dependency_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert (online.works, online.remark) == (False, "needs judge, which is not installed")
 
 
-def test_table_shows_everything(model: LlamaForCausalLM) -> None:
-    stream = io.StringIO()
-    show(examine(model, blank(model_name="a[red]b")), Console(file=stream, width=160))
-    printed = stream.getvalue()
+def test_table_shows_everything(model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]) -> None:
+    show(examine(model, blank(model_name="a[red]b")), OutputArguments())
+    printed = capsys.readouterr().out
     for part in ("hook point", "model.layers.1", "FVU", "bad", "PPOTrainer", "does not fit", "a[red]b"):
         assert part in printed

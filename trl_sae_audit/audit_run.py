@@ -141,7 +141,7 @@ class AuditRun:
         bar = tqdm(
             desc="Auditing",
             unit=" rows",
-            disable=not (self.progress and state.is_main_process),
+            disable=None if self.progress and state.is_main_process else True,
             total=_size(dataset),
         )
         with bar:

@@ -27,9 +27,7 @@ COMMANDS = {
     "flag": Command("flag", "mark a feature of an audit as one that should not be taught"),
     "filter": Command("filter", "remove, flip or weight the pairs that teach flagged features"),
     "verify": Command("verify", "did the scores predict what training did to the features?"),
-    "train-sae": Command(
-        "train_sae", "train a dictionary on the residual stream of your own model and texts"
-    ),
+    "train-sae": Command("train_sae", "train a dictionary for your own model, on your own texts"),
     "doctor": Command("doctor", "does this dictionary fit this model, and which trainers will work?"),
     "demo": Command("demo", "the whole loop on a small model made on the spot"),
 }
@@ -47,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         return _fail(_unknown(name))
+    from .terminal import quiet
+
     try:
-        module = importlib.import_module(f".commands.{COMMANDS[name].module}", __package__)
-        return module.main(rest)
+        with quiet():
+            module = importlib.import_module(f".commands.{COMMANDS[name].module}", __package__)
+            return module.main(rest)
     except AuditError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -63,17 +64,21 @@ def top_level_help() -> str:
         [
             "usage: trl-sae-audit COMMAND [options]",
             "",
-            "See what a reward really teaches: which sparse-autoencoder features every optimizer step of a TRL",
-            "run up- or down-weights.",
+            "See what a reward really teaches: which sparse-autoencoder features every",
+            "optimizer step of a TRL run up- or down-weights.",
             "",
             "commands:",
             *lines,
             "",
-            "  trl-sae-audit COMMAND --help    the options of a command",
-            "  trl-sae-audit COMMAND --config FILE.yaml    take options from a file; the command line overrides it",
-            "  trl-sae-audit --version",
+            "every command:",
+            "  --help              its options",
+            "  --config FILE.yaml  options from a file; those on the command line win",
+            "  --json              one JSON document instead of text and tables",
             "",
-            "exit code: 0 done, 1 the answer is no, 2 it could not be done; then one sentence on stderr says why.",
+            "trl-sae-audit --version says which version this is.",
+            "",
+            "exit code: 0 done, 1 the answer is no, 2 it could not be done; then one sentence",
+            "on stderr says why.",
         ]
     )
 

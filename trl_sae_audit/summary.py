@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from . import terminal
 from .record import RunRecord
 
 Describe = Callable[[int], str]
@@ -32,7 +32,7 @@ def print_summary(
         describe: what to show in a last column, such as a feature's strongest tokens.
         console: where to print.
     """
-    console = console or Console()
+    console = console or terminal.console()
     record = RunRecord.load(directory)
     for dictionary in record.dictionaries:
         console.print(feature_table(record, dictionary["name"], n, describe=describe))
@@ -61,13 +61,12 @@ def feature_table(
     lost = features[features["attribution"] < 0].nsmallest(n, "attribution")
     sides = (record.manifest["sides"] or []) if describe is None else []
     named = describe is not None or bool(features["label"].fillna("").any())
-    table = Table(
-        title=f"What the run taught, in features of {dictionary}", title_justify="left", box=SIMPLE_HEAD
+    columns: dict[str, terminal.Justify] = dict.fromkeys(
+        ("feature", "attribution", "±", "lift", "q", *sides), "right"
     )
-    for name in ("feature", "attribution", "±", "lift", "q", *sides):
-        table.add_column(name, justify="right", no_wrap=True)
     if named:
-        table.add_column("what it is")
+        columns["what it is"] = "left"
+    table = terminal.table(f"What the run taught, in features of {dictionary}", columns, [])
     for rows, style in ((gained, "green"), (lost, "red")):
         for _, row in rows.iterrows():
             cells: list[str | Text] = [

@@ -390,7 +390,7 @@ def _examine(
     except AuditError as error:
         return f"training diverged ({error})", unknown_health(0)
     stream = residual_stream(model, tokenizer, texts, hook, config.token_rules, config.batch_size)
-    with tqdm(stream, desc="Checking", unit=" batches") as batches:
+    with tqdm(stream, desc="Checking", unit=" batches", disable=None) as batches:
         health = health_of(batches, dictionary, config.held_out_tokens)
     return fault_of(health, config.max_fvu, config.max_dead), health
 

@@ -116,15 +116,24 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     """The model, ready for forward passes, and its tokenizer.
 
     Raises:
-        AuditError: if either cannot be loaded.
+        AuditError: if either cannot be loaded, or the model's files lack some of its weights.
     """
     name = arguments.model_name_or_path
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, arguments.dtype), trust_remote_code=arguments.trust_remote_code
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=getattr(torch, arguments.dtype),
+            trust_remote_code=arguments.trust_remote_code,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
     except (OSError, ValueError) as error:
         raise AuditError(f"the model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise AuditError(
+            f"the files of the model {name!r} lack {len(missing)} of its weights, such as {missing[0]!r}, which would be "
+            "random: give a complete model with a language-model head."
+        )
     return model.to(device).eval(), tokenizer

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from accelerate import PartialState
-from rich.console import Console
-from rich.table import Table
 from trl import DPOConfig
 
 from ..audit import audit_preferences
@@ -18,6 +16,7 @@ from ..evidence_files import write_evidence
 from ..flags import FlagSet
 from ..objectives import PreferenceLoss
 from ..sae import load_dictionary
+from ..terminal import Justify, OutputArguments, table, to_copy
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments
 
@@ -82,8 +81,8 @@ class AuditArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    model_arguments, data, arguments = parse(
-        "audit", DESCRIPTION, (ModelArguments, PreferenceArguments, AuditArguments), argv
+    model_arguments, data, arguments, output = parse(
+        "audit", DESCRIPTION, (ModelArguments, PreferenceArguments, AuditArguments, OutputArguments), argv
     )
     dictionary = load_dictionary(arguments.sae, arguments.sae_id, hook_point=arguments.hook_point)
     source = data.source()
@@ -123,33 +122,49 @@ def main(argv: Sequence[str]) -> int:
                 audit, features, model, tokenizer, source, dictionary, loss, labels=labels
             )
             write_evidence(audit.directory, found)
-        show(audit, arguments.top, Console())
+        show(audit, arguments.top, output)
     return 0
 
 
-def show(audit: Audit, top: int, console: Console) -> None:
+def show(audit: Audit, top: int, output: OutputArguments) -> None:
     """Print the features with the largest attribution."""
     features = audit.features()
-    table = Table(title=f"{len(audit)} examples, {len(features)} features", title_justify="left")
-    columns = ["feature", "attribution", "± s.e.", "lift", "q", "q equal length"]
-    optional = [name for name in ("disparity", "predicted_change") if name in features]
-    columns += [name.removesuffix("_change") for name in optional]
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
-    for row in features.head(top).to_dict("records"):
-        cells = [str(row["feature"])]
-        cells += [f"{row['attribution']:+.2e}", f"{row['standard_error']:.0e}"]
-        cells += [f"{row['lift']:.1f}", f"{row['q_value']:.2g}", f"{row['length_q_value']:.2g}"]
-        cells += [f"{row[name]:+.2g}" for name in optional]
-        table.add_row(*cells)
-    console.print(table)
-    significant = (features["q_value"] < 0.05).sum()
-    at_equal_length = ((features["q_value"] < 0.05) & (features["length_q_value"] < 0.05)).sum()
-    console.print(
-        f"Positive: training on this data up-weights the feature. q < 0.05: {significant} features, {at_equal_length} of "
-        f"them also at equal answer length. Audit in {audit.directory}; next: trl-sae-audit flag {audit.directory} "
-        "--feature N --label … --reason …",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+    rows = features.head(top).to_dict("records")
+    significant = features["q_value"] < 0.05
+    at_equal_length = significant & (features["length_q_value"] < 0.05)
+    optional = {
+        heading: column
+        for heading, column in (("disparity", "disparity"), ("predicted", "predicted_change"))
+        if column in features
+    }
+    columns: dict[str, Justify] = dict.fromkeys(
+        ("feature", "attribution", "± s.e.", "lift", "q", "q at equal\nlength", *optional), "right"
+    )
+    cells = [
+        [
+            str(row["feature"]),
+            f"{row['attribution']:+.2e}",
+            f"{row['standard_error']:.0e}",
+            f"{row['lift']:.1f}",
+            f"{row['q_value']:.2g}",
+            f"{row['length_q_value']:.2g}",
+            *(f"{row[column]:+.2g}" for column in optional.values()),
+        ]
+        for row in rows
+    ]
+    output.show(
+        {
+            "audit": audit.directory,
+            "dictionary": audit.dictionary.name,
+            "examples": len(audit),
+            "features": len(features),
+            "significant": significant.sum(),
+            "significant_at_equal_length": at_equal_length.sum(),
+            "top": rows,
+        },
+        table(f"{len(audit)} examples, {len(features)} features of {audit.dictionary.name}", columns, cells),
+        f"Positive: training on this data up-weights the feature. q < 0.05: {significant.sum()} features, "
+        f"{at_equal_length.sum()} of them also at equal answer length.",
+        to_copy(f"Audit in {audit.directory}; next:"),
+        to_copy(f"  trl-sae-audit flag {audit.directory} --feature N --label … --reason …"),
     )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from ..doctor import Diagnosis, diagnose
 from ..residual_stream import TokenRules
 from ..sae import load_dictionary
+from ..terminal import OutputArguments, table
 from .arguments import ModelArguments, TextArguments, load_model, parse
 
 DESCRIPTION = (
@@ -47,7 +45,6 @@ class DoctorArguments:
     skip_first_position: bool = field(
         default=True, metadata={"help": "Leave out the first token of every window."}
     )
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
 
     @property
     def token_rules(self) -> TokenRules:
@@ -55,8 +52,8 @@ class DoctorArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    model_arguments, text_arguments, arguments = parse(
-        "doctor", DESCRIPTION, (ModelArguments, TextArguments, DoctorArguments), argv
+    model_arguments, text_arguments, arguments, output = parse(
+        "doctor", DESCRIPTION, (ModelArguments, TextArguments, DoctorArguments, OutputArguments), argv
     )
     dictionary = load_dictionary(arguments.sae, arguments.sae_id, hook_point=arguments.hook_point)
     model, tokenizer = load_model(model_arguments)
@@ -69,27 +66,31 @@ def main(argv: Sequence[str]) -> int:
         batch_size=arguments.batch_size,
         max_tokens=arguments.max_tokens,
     )
-    if arguments.json:
-        print(json.dumps(diagnosis.to_dict(), indent=2))
-    else:
-        show(diagnosis, Console())
+    show(diagnosis, output)
     return 0 if diagnosis.fits else 1
 
 
-def show(diagnosis: Diagnosis, console: Console) -> None:
+def show(diagnosis: Diagnosis, output: OutputArguments) -> None:
     """Print the findings, the trainers and the verdict."""
-    findings = Table(title=f"Dictionary {escape(diagnosis.dictionary)}", title_justify="left")
-    for column in ("check", "found", "", "remark"):
-        findings.add_column(column)
-    for check in diagnosis.checks:
-        state = f"[{_COLOURS[check.state]}]{check.state}[/]"
-        findings.add_row(check.name, escape(check.found), state, escape(check.remark))
-    console.print(findings)
-    trainers = Table(title=f"Trainers in TRL {diagnosis.trl_version}", title_justify="left")
-    for column in ("trainer", "works", "remark"):
-        trainers.add_column(column)
-    for trainer in diagnosis.trainers:
-        works = "[green]yes[/]" if trainer.works else "[red]no[/]"
-        trainers.add_row(trainer.name, works, escape(trainer.remark))
-    console.print(trainers)
-    console.print(escape(diagnosis.verdict), style="bold" if diagnosis.fits else "bold red")
+    findings = [
+        (check.name, check.found, Text(check.state, _COLOURS[check.state]), check.remark)
+        for check in diagnosis.checks
+    ]
+    trainers = [
+        (trainer.name, Text("yes", "green") if trainer.works else Text("no", "red"), trainer.remark)
+        for trainer in diagnosis.trainers
+    ]
+    output.show(
+        diagnosis.to_dict(),
+        table(
+            f"Dictionary {diagnosis.dictionary}",
+            dict.fromkeys(("check", "found", "state", "remark"), "left"),
+            findings,
+        ),
+        table(
+            f"Trainers in TRL {diagnosis.trl_version}",
+            dict.fromkeys(("trainer", "works", "remark"), "left"),
+            trainers,
+        ),
+        Text(diagnosis.verdict, "bold" if diagnosis.fits else "bold red"),
+    )

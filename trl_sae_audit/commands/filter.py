@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, DatasetDict
-from rich.console import Console
 
 from ..audit_result import Audit
 from ..errors import AuditError
 from ..filtering import FilterResult, filter_preferences
 from ..flags import FlagSet
+from ..terminal import Justify, OutputArguments, table, to_copy
 from .arguments import parse
 from .preferences import PreferenceArguments
 
@@ -70,7 +70,9 @@ class FilterArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    data, arguments = parse("filter", DESCRIPTION, (PreferenceArguments, FilterArguments), argv)
+    data, arguments, output = parse(
+        "filter", DESCRIPTION, (PreferenceArguments, FilterArguments, OutputArguments), argv
+    )
     result = filter_preferences(
         data.source(),
         Audit.load(arguments.audit),
@@ -86,26 +88,36 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
     )
     out = result.save(arguments.output_dir, format=arguments.format, overwrite=arguments.overwrite)
-    show(result, out, Console())
+    show(result, out, output)
     if arguments.push_to_hub:
         _push(result, arguments.push_to_hub)
     return 0
 
 
-def show(result: FilterResult, out: Path, console: Console) -> None:
+def show(result: FilterResult, out: Path, output: OutputArguments) -> None:
     """Print counts and what is left of each flag's attribution."""
     summary = result.summary
-    lines = [
-        f"{summary['rows']} rows: {summary['kept']} kept ({summary['flipped']} flipped, {summary['weighted']} weighted), "
-        f"{summary['dropped']} dropped. In {out}."
+    controlled = any("attribution_control" in flag for flag in summary["flags"])
+    columns: dict[str, Justify] = {"flag": "left", "attribution before": "right", "after": "right"}
+    if controlled:
+        columns["at random"] = "right"
+    rows = [
+        [
+            str(flag["label"] or flag["feature"]),
+            *(
+                f"{flag[name]:+.3g}" if name in flag else ""
+                for name in ("attribution_before", "attribution_after", "attribution_control")
+            ),
+        ][: len(columns)]
+        for flag in summary["flags"]
     ]
-    for flag in summary["flags"]:
-        line = f"  {flag['label'] or flag['feature']}: attribution {flag['attribution_before']:+.3g} → "
-        line += f"{flag['attribution_after']:+.3g}"
-        if "attribution_control" in flag:
-            line += f" (control {flag['attribution_control']:+.3g})"
-        lines.append(line)
-    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+    output.show(
+        {"output_dir": out, **summary},
+        table("What the flagged features are taught", columns, rows),
+        f"{summary['kept']} of {summary['rows']} rows kept ({summary['flipped']} flipped, {summary['weighted']} weighted), "
+        f"{summary['dropped']} dropped.",
+        to_copy(f"Written to {out}"),
+    )
 
 
 def _score(text: str) -> str | dict[str, float]:

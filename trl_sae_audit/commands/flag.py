@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rich.console import Console
-
 from ..audit_result import Audit
 from ..flags import Flag, append_flag
+from ..terminal import OutputArguments, to_copy
 from .arguments import parse
 from .preferences import first_as_option
 
@@ -36,7 +35,9 @@ class FlagArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    (arguments,) = parse("flag", DESCRIPTION, (FlagArguments,), first_as_option(argv, "audit"))
+    arguments, output = parse(
+        "flag", DESCRIPTION, (FlagArguments, OutputArguments), first_as_option(argv, "audit")
+    )
     audit = Audit.load(arguments.audit)
     flag = Flag(
         dictionary=audit.dictionary.name,
@@ -50,12 +51,10 @@ def main(argv: Sequence[str]) -> int:
     flag.check(audit.dictionary)
     flags = append_flag(arguments.flags, flag)
     row = audit.features().set_index("feature").loc[arguments.feature]
-    Console().print(
+    output.show(
+        {"flags": arguments.flags, "number": len(flags), "flag": flag, "found": row.to_dict()},
         f"Flagged {flag.name} ({flag.dictionary}/{flag.feature}): attribution {row['attribution']:+.3g} ± "
-        f"{row['standard_error']:.2g}, q {row['q_value']:.2g}. {arguments.flags} has {len(flags)} "
-        f"{'flag' if len(flags) == 1 else 'flags'}.",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{row['standard_error']:.2g}, q {row['q_value']:.2g}.",
+        to_copy(f"{arguments.flags} has {len(flags)} {'flag' if len(flags) == 1 else 'flags'}."),
     )
     return 0

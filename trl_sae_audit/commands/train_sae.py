@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from ..terminal import OutputArguments, table, to_copy
 from ..train_sae import TrainedDictionary, TrainSAEConfig, train_dictionary
 from .arguments import ModelArguments, TextArguments, load_model, parse
 
@@ -21,24 +21,26 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str]) -> int:
-    model_arguments, text_arguments, config = parse(
-        "train-sae", DESCRIPTION, (ModelArguments, TextArguments, TrainSAEConfig), argv
+    model_arguments, text_arguments, config, output = parse(
+        "train-sae", DESCRIPTION, (ModelArguments, TextArguments, TrainSAEConfig, OutputArguments), argv
     )
     started = time.monotonic()
     model, tokenizer = load_model(model_arguments)
     texts = text_arguments.read(tokenizer)
     trained = train_dictionary(model, tokenizer, texts, config, dataset=text_arguments.texts)
-    Console().print(summary(trained, time.monotonic() - started))
+    seconds = time.monotonic() - started
+    output.show(
+        {**asdict(trained), "seconds": seconds},
+        summary(trained, seconds),
+        to_copy(f"Saved in {trained.path}"),
+    )
     return 0
 
 
 def summary(trained: TrainedDictionary, seconds: float) -> Table:
     """The figures of a trained dictionary, with what they mean."""
-    table = Table(
-        title=f"Dictionary saved in {escape(str(trained.path))}", title_justify="left", show_header=False
-    )
     distinct = "" if trained.distinct_tokens is None else f", {trained.distinct_tokens:,} of them different"
-    for row in (
+    rows = (
         ("features", f"{trained.d_sae:,} at {trained.hook_point}"),
         ("trained on", f"{trained.training_tokens:,} tokens{distinct}; {seconds:.0f} s in all"),
         ("checked on", f"{trained.held_out_tokens:,} held-out tokens"),
@@ -49,6 +51,5 @@ def summary(trained: TrainedDictionary, seconds: float) -> Table:
         ),
         ("L0", f"{trained.l0:.1f}  active features a token"),
         ("dead", f"{trained.dead:.1%}  of the features active on no held-out token"),
-    ):
-        table.add_row(*row)
-    return table
+    )
+    return table("The dictionary", {"": "left", " ": "left"}, rows, head=False)
