@@ -215,6 +215,29 @@ def test_one_small_real_step_changes_activations_as_predicted(tokenizer):
     assert float((realised - change).abs().max() / change.abs().max()) < 1e-3
 
 
+@torch.no_grad()
+def test_change_along_and_after_any_step(tokenizer):
+    """Of a step of one's own: the derivative is linear in it, and the change itself is a moved model's."""
+    model, dictionary = make_gpt2(tokenizer), topk()
+    ahead = look(model, tokenizer, dictionary, RULES["adamw"])
+    generator = torch.Generator().manual_seed(8)
+    step = {
+        name: 0.02 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        for name, value in ahead.parameters.items()
+    }
+    found = ahead.change_after(step)
+    encode = dictionary.encoder.sae.encode
+    moved, still = (mean_activation(moved_by(model, step, factor), tokenizer, encode) for factor in (1, 0))
+    torch.testing.assert_close(found, moved - still)
+    slope = ahead.change_along(step)
+    small = {name: 1e-5 * value for name, value in step.items()}
+    torch.testing.assert_close(ahead.change_after(small) / 1e-5, slope, rtol=1e-2, atol=1e-4)
+    assert (found - slope).abs().max() > 0.05 * slope.abs().max()
+    torch.testing.assert_close(
+        ahead.change_along({key: -2 * value for key, value in step.items()}), -2 * slope
+    )
+
+
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_the_next_step_of_a_running_optimizer(tokenizer, kind):
     model = make_gpt2(tokenizer)

@@ -160,9 +160,18 @@ class Lookahead:
 
     def predicted_change(self) -> Tensor:
         """⟨∇_θ ā_f, Δθ⟩ of every feature: [d_sae]."""
-        step = self.step()
+        return self.change_along(self.step())
+
+    def change_along(self, step: Tensors) -> Tensor:
+        """⟨∇_θ ā_f, Δθ⟩ of every feature for another step Δθ, by parameter: [d_sae]."""
         with torch.no_grad(), evaluation_mode(self.model):
             return self._derivative(self._mean_activations, step)
+
+    def change_after(self, step: Tensors) -> Tensor:
+        """ā_f(θ + Δθ) − ā_f(θ) of every feature, not to first order but as it is: [d_sae]."""
+        with torch.no_grad(), evaluation_mode(self.model):
+            moved = {name: value + step[name] for name, value in self.parameters.items()}
+            return self._mean_activations(moved) - self._mean_activations(self.parameters)
 
     def influence(self, feature: int) -> tuple[Tensor, float]:
         """Each example's part of a feature's predicted change [n], and the part that no example has, ⟨∇ā_f, b⟩.

@@ -63,7 +63,7 @@ def write_report(name: str, title: str, sections: Iterable[str]) -> Path:
     command = shlex.join(["python", str(script), *sys.argv[1:]])
     path = RESULTS / f"{name}.md"
     path.write_text("\n\n".join([f"# {title}", f"Made by `{command}`.", *sections]) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path}")
     return path
 
 

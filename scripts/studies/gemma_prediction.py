@@ -1,0 +1,268 @@
+"""Does a score computed before training predict what training does to the features of a real model?
+
+    python scripts/gemma.py runs/gemma/model
+    python scripts/studies/gemma_prediction.py runs/gemma/model runs/gemma/sae pairs.jsonl
+
+For every seed: some instructions are held out; the pairs of the others are audited, and the model is trained on them
+with DPO, one epoch. Then every feature's change of mean activation is compared with each score: on the held-out pairs'
+answers, which both models read, and on sampled answers to the held-out instructions, which the model before training reads.
+
+The gradient of the pairs is computed in two random halves A and B. Where policy and reference are the same, swapping the
+labels of a pair turns its gradient round, so A + B is the gradient of the data and A − B that of the same data
+with half of the labels swapped: the control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import common
+import gemma_runs
+import numpy as np
+import pandas as pd
+
+from trl_sae_audit import audit_preferences, load_dictionary
+from trl_sae_audit.audit_result import Audit
+from trl_sae_audit.preferences import iterate_rows
+from trl_sae_audit.realised import RealisedChange, answer_activations, sampled_change
+from trl_sae_audit.sampling import Sampling
+from trl_sae_audit.verification import predictors_of, verify
+
+SAMPLES = 3
+"""Answers sampled to each held-out instruction."""
+
+
+def main() -> None:
+    parser = gemma_runs.parser(__doc__)
+    parser.add_argument("pairs", type=Path, help="preference pairs, as JSON lines")
+    parser.add_argument("--train_pairs", type=int, default=48, help="pairs audited and trained on")
+    parser.add_argument("--held_out", type=int, default=36, help="pairs of other instructions, to measure on")
+    parser.add_argument("--prompt_tokens", type=int, default=16, help="leave longer instructions out")
+    parser.add_argument(
+        "--max_length", type=int, default=32, help="tokens at which prompt and answer are cut"
+    )
+    parser.add_argument("--learning_rate", type=float, default=1e-5)
+    arguments = parser.parse_args()
+    name = arguments.name or "gemma-prediction"
+    settings = {
+        key: getattr(arguments, key)
+        for key in ("train_pairs", "held_out", "per_step", "prompt_tokens", "max_length", "learning_rate")
+    }
+    cells = [{"seed": seed, **settings} for seed in arguments.seeds]
+    results = common.run_cells(name, cells, lambda cell: run(arguments, name, cell))
+    report(name, results, cells)
+
+
+def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable[dict[str, Any]]:
+    """One seed: scores, training, and what became of the features."""
+    model, tokenizer = gemma_runs.load_model(arguments.model)
+    dictionary = load_dictionary(arguments.dictionary)
+    pairs, held_out = split(arguments.pairs, tokenizer, cell)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = gemma_runs.dpo_config(
+            scratch,
+            per_device_train_batch_size=cell["per_step"],
+            learning_rate=cell["learning_rate"],
+            max_length=cell["max_length"],
+            num_train_epochs=1,
+            seed=cell["seed"],
+        )
+        audit = audit_preferences(model, tokenizer, pairs, dictionary, args=args, batch_size=8)
+        scores = predictors_of(audit) | swapped_attribution(audit)
+        scores |= lookaheads(model, tokenizer, dictionary, pairs, held_out, args)
+
+        def activations() -> Any:
+            return answer_activations(
+                model, tokenizer, dictionary, held_out, max_length=cell["max_length"], progress=True
+            )
+
+        before = activations()
+        log = gemma_runs.train_dpo(model, tokenizer, pairs, args)
+        given = RealisedChange("teacher-forced", before, activations())
+    base, _ = gemma_runs.load_model(arguments.model)
+    sampled = sampled_change(
+        base,
+        model,
+        tokenizer,
+        dictionary,
+        [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in held_out)],
+        sampling=Sampling(SAMPLES, cell["max_length"] - cell["prompt_tokens"], seed=cell["seed"]),
+        batch_size=48,
+        progress=True,
+    )
+    rows: list[dict[str, Any]] = []
+    for realised in (given, sampled):
+        found = verify(scores, realised, seed=cell["seed"])
+        found.features.to_parquet(features_file(name, cell["seed"], realised.kind), index=False)
+        for row in found.table.to_dict("records"):
+            rows.append(
+                {
+                    **{str(key): value for key, value in row.items()},
+                    "target": realised.kind,
+                    "ceiling": found.ceiling,
+                    "features": len(found.features),
+                    "prompts": len(realised),
+                    "loss_first": log[0]["loss"],
+                    "loss_last": float(np.mean([step["loss"] for step in log[-3:]])),
+                    "margin_last": float(np.mean([step["rewards/margins"] for step in log[-3:]])),
+                }
+            )
+    return rows
+
+
+def split(path: Path, tokenizer: Any, cell: common.Cell) -> tuple[list[dict], list[dict]]:
+    """Pairs to train on, and pairs of other instructions, at most four an instruction."""
+    rows = [row.columns for row in iterate_rows(path) if row.columns is not None]
+    by_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        if len(tokenizer(row["prompt"])["input_ids"]) <= cell["prompt_tokens"]:
+            pair = {key: row[key] for key in ("prompt", "chosen", "rejected")}
+            by_prompt.setdefault(row["prompt"], []).append(pair)
+    choose = random.Random(cell["seed"])
+    prompts = sorted(by_prompt)
+    choose.shuffle(prompts)
+    held_out: list[dict] = []
+    while len(held_out) < cell["held_out"] and prompts:
+        own = by_prompt[prompts.pop()]
+        held_out += choose.sample(own, min(4, len(own), cell["held_out"] - len(held_out)))
+    pool = [pair for prompt in prompts for pair in by_prompt[prompt]]
+    if len(pool) < cell["train_pairs"]:
+        raise SystemExit(f"{len(pool)} pairs are left to train on, fewer than --train_pairs")
+    return choose.sample(pool, cell["train_pairs"]), held_out
+
+
+def swapped_attribution(audit: Audit) -> dict[str, np.ndarray]:
+    """The attribution had half of the labels been swapped."""
+    parts = audit.contributions(range(audit.dictionary.d_sae))
+    half = len(parts) // 2
+    return {"attribution, labels swapped": parts[:half].sum(0) - parts[half:].sum(0)}
+
+
+def lookaheads(
+    model: Any, tokenizer: Any, dictionary: Any, pairs: list[dict], probe: list[dict], args: Any
+) -> dict[str, np.ndarray]:
+    """Predicted changes of the mean activation over the run: the first step's, times the number of steps."""
+    half = len(pairs) // 2
+    descent = []
+    for part in (pairs[:half], pairs[half:]):
+        ahead = gemma_runs.look_ahead(model, tokenizer, dictionary, part, probe, args)
+        descent.append(ahead.step())
+    gradient = {key: -(one + descent[1][key]) / 2 for key, one in descent[0].items()}
+    swapped = {key: -(one - descent[1][key]) / 2 for key, one in descent[0].items()}
+    one_half = {key: -value for key, value in descent[0].items()}
+    steps = -(-len(pairs) // args.per_device_train_batch_size)
+
+    def adamw(direction: dict[str, Any]) -> dict[str, Any]:
+        step = gemma_runs.optimizer_step(args, direction, ahead.parameters)
+        return {key: steps * value for key, value in step.items()}
+
+    whole = adamw(gradient)
+    found = {
+        "lookahead": ahead.change_along(whole),
+        "lookahead, whole run": ahead.change_after(whole),
+        "lookahead, plain gradient": ahead.change_along({key: -value for key, value in gradient.items()}),
+        "lookahead, half of the pairs": ahead.change_along(adamw(one_half)),
+        "lookahead, labels swapped": ahead.change_along(adamw(swapped)),
+    }
+    return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def features_file(name: str, seed: int, kind: str) -> Path:
+    """Where one seed's table of features goes, for the figure."""
+    path = common.RAW / name / f"{kind}-{seed}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def frequent_r2(name: str, seeds: Iterable[int], kind: str, score: str) -> float:
+    """Mean R² over the features whose mean activation before training is in the upper quarter."""
+    found = []
+    for seed in seeds:
+        table = pd.read_parquet(features_file(name, seed, kind))
+        table = table[table["before"] >= table["before"].quantile(0.75)]
+        found.append(max(0.0, float(np.corrcoef(table[score], table["realised"])[0, 1])) ** 2)
+    return float(np.mean(found))
+
+
+def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
+    """`docs/studies/NAME.md` and its figure."""
+    seeds = [cell["seed"] for cell in cells]
+    first = results[results["target"] == "teacher-forced"].iloc[0]
+    sections = [
+        f"{len(seeds)} seeds; each: {cells[0]['train_pairs']} real preference pairs of instructions of at most "
+        f"{cells[0]['prompt_tokens']} tokens, prompt and answer cut at {cells[0]['max_length']} tokens; DPO, one epoch of "
+        f"AdamW steps of {cells[0]['per_step']} pairs at {cells[0]['learning_rate']:g}, all weights but the embeddings (tied "
+        f"with the head) trained, in float32. Measured on {cells[0]['held_out']} pairs of {first['prompts']} other instructions.",
+        "R² is the share of the variance over features that the score explains (a score that has the sign wrong explains 0), ρ "
+        "Spearman's rank correlation, precision the share of the 20 largest changes found with the right sign. Means over the "
+        "seeds; in brackets the smallest and the largest seed. `ceiling` is what a perfect score could reach given "
+        "how many instructions the change was measured on.",
+    ]
+    for kind in ("teacher-forced", "sampled"):
+        part = results[results["target"] == kind]
+        sections += [
+            f"## {kind.capitalize()}",
+            f"{part['features'].mean():.0f} features on average; ceiling {part.groupby('seed')['ceiling'].first().mean():.2f}.",
+            common.markdown_table(table_of(part, name, seeds, kind)),
+        ]
+    sections += ["## Figure", figure(name, seeds)]
+    sections += ["## Training", common.markdown_table(training_table(results))]
+    common.write_report(name, "Prediction on Gemma 3 270M", sections)
+
+
+def table_of(part: pd.DataFrame, name: str, seeds: list[int], kind: str) -> pd.DataFrame:
+    rows = []
+    for score, own in part.groupby("score"):
+        row: dict[str, Any] = {"score": score, "_r2": own["r2"].mean()}
+        for statistic, label in (("r2", "R²"), ("spearman", "ρ"), ("precision", "precision at 20")):
+            values = own[statistic]
+            row[label] = f"{values.mean():.2f} [{values.min():.2f}, {values.max():.2f}]"
+        row["R² per seed, 95 % interval over instructions"] = "; ".join(
+            f"{line.r2:.2f} [{line.r2_low:.2f}, {line.r2_high:.2f}]" for line in own.itertuples()
+        )
+        row["R², most active quarter"] = f"{frequent_r2(name, seeds, kind, str(score)):.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("_r2", ascending=False).drop(columns="_r2")
+
+
+def training_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a seed: did the training do anything?"""
+    first = results.groupby("seed").first().reset_index()
+    return pd.DataFrame(
+        {
+            "seed": first["seed"],
+            "loss, first step": first["loss_first"].map("{:.3f}".format),
+            "loss, last three": first["loss_last"].map("{:.3f}".format),
+            "reward margin, last three": first["margin_last"].map("{:+.3f}".format),
+        }
+    )
+
+
+def figure(name: str, seeds: list[int]) -> str:
+    """Predicted against realised change, a point a feature."""
+    panels = (
+        ("lookahead, whole run", "teacher-forced"),
+        ("attribution", "teacher-forced"),
+        ("lookahead, whole run", "sampled"),
+    )
+    drawing, axes = common.new_figure(len(panels), width=3.6)
+    for axis, (score, kind) in zip(axes, panels, strict=True):
+        for seed in seeds:
+            table = pd.read_parquet(features_file(name, seed, kind))
+            axis.scatter(
+                table[score], table["realised"], s=4, alpha=0.35, label=f"seed {seed}", rasterized=True
+            )
+        axis.set_title(kind)
+        axis.set_xlabel(f"{score}" + (" (predicted change)" if score.startswith("lookahead") else ""))
+        axis.set_ylabel("change of mean activation")
+    axes[0].legend(markerscale=2)
+    return common.save_figure(drawing, name, "Predicted against realised change of every feature")
+
+
+if __name__ == "__main__":
+    main()

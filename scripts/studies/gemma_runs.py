@@ -1,0 +1,109 @@
+"""What the studies on a real model share: the model, how it is trained, and two halves of a gradient."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from trl_sae_audit.audit_run import batched
+from trl_sae_audit.dictionary import FeatureDictionary
+from trl_sae_audit.lookahead import Lookahead
+from trl_sae_audit.objectives import PreferenceLoss
+from trl_sae_audit.preflight import check_dictionary
+from trl_sae_audit.update_rule import Tensors, UpdateRule
+
+Pair = dict[str, Any]
+PLAIN_GRADIENT = UpdateRule("sgd", learning_rate=1.0, max_grad_norm=None)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments every study on a real model takes."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("model", type=Path, help="directory of the model, see scripts/gemma.py")
+    made.add_argument("dictionary", type=Path, help="directory of its SAE, see trl-sae-audit train-sae")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--per_step", type=int, default=4, help="pairs in an optimizer step")
+    made.add_argument(
+        "--name", default=None, help="of the results; give another for a trial, so that none is overwritten"
+    )
+    return made
+
+
+def load_model(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32 with its embeddings and head frozen, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        part.weight.requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def dpo_config(directory: str | Path, **settings: Any) -> DPOConfig:
+    """DPO on a CPU as both studies run it: AdamW at a constant learning rate, no dropout, nothing saved."""
+    fixed: dict[str, Any] = {
+        "lr_scheduler_type": "constant",
+        "precompute_ref_log_probs": True,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    return DPOConfig(output_dir=str(directory), **(fixed | settings))
+
+
+def train_dpo(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    args: DPOConfig,
+    shape: Callable[[Dataset], Dataset] | None = None,
+) -> list[dict[str, float]]:
+    """Train `model` in place; returns the trainer's log, a row a step. `shape` may change the prepared dataset."""
+    rows = Dataset.from_list(
+        [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs]
+    )
+    trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    if shape is not None:
+        trainer.train_dataset = shape(trainer.train_dataset)
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def look_ahead(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dictionary: FeatureDictionary,
+    pairs: Sequence[Pair],
+    probe: Sequence[Pair],
+    args: DPOConfig,
+    batch_size: int = 4,
+) -> Lookahead:
+    """One plain gradient step on `pairs`, looked at on the answers of `probe`: `step()` is less the mean gradient."""
+    loss = PreferenceLoss(tokenizer, args)
+    audited, held_out = (loss.tokenize(list(enumerate(rows))) for rows in (pairs, probe))
+    return Lookahead(
+        model,
+        check_dictionary(dictionary, model),
+        dictionary,
+        loss,
+        PLAIN_GRADIENT,
+        lambda: batched(audited, batch_size),
+        lambda: batched(held_out, 4 * batch_size),
+    )
+
+
+def optimizer_step(args: DPOConfig, gradient: Tensors, parameters: Tensors) -> Tensors:
+    """Δθ of the first step of a trainer with these arguments on this mean gradient."""
+    return UpdateRule.from_args(args).affine(gradient, parameters).step(gradient)

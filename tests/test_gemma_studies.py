@@ -1,0 +1,75 @@
+"""The studies on a real model, run small on a tiny one: they end with their table and figure, and their parts are right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sae_lens import SAE
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+from worlds import D_MODEL, HOOK_POINT, make_model, pairs
+
+STUDIES = Path(__file__).parents[1] / "scripts" / "studies"
+
+
+@pytest.fixture
+def studies(monkeypatch, tmp_path):
+    """The studies' modules, writing into a directory of their own."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import common
+
+    monkeypatch.setattr(common, "RAW", tmp_path / "raw")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "docs")
+    return tmp_path
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One token a letter."""
+    signs = ["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(32, 127)), "\n"]
+    inner = Tokenizer(WordLevel({sign: place for place, sign in enumerate(signs)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model that reads letters, an untrained SAE of it, and pairs over ten instructions."""
+    root = tmp_path_factory.mktemp("gemma-studies")
+    tokenizer = letters()
+    model = make_model(tokenizer)
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    config = {"architecture": "topk", "d_in": D_MODEL, "d_sae": 64, "k": 4, "dtype": "float32"}
+    SAE.from_dict(config | {"device": "cpu", "metadata": {"hook_name": HOOK_POINT}}).save_model(root / "sae")
+    rows = [{**row, "prompt": f"w{number % 10} w1 "} for number, row in enumerate(pairs(40))]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def run(monkeypatch, script: str, *arguments: object) -> None:
+    import importlib
+
+    monkeypatch.setattr(sys, "argv", [str(STUDIES / f"{script}.py"), *map(str, arguments)])
+    importlib.import_module(script).main()
+
+
+def test_prediction(studies, world, monkeypatch):
+    sizes = ["--train_pairs=8", "--held_out=8", "--max_length=24", "--learning_rate=1e-3", "--seeds=0"]
+    run(monkeypatch, "gemma_prediction", world / "model", world / "sae", world / "pairs.jsonl", *sizes)
+    (line,) = (studies / "raw" / "gemma-prediction.jsonl").read_text().splitlines()
+    table = pd.DataFrame(json.loads(line)["rows"]).set_index(["target", "score"])
+    given = table.loc["teacher-forced"]
+    assert given.loc["lookahead", "r2"] > max(given.loc["lookahead, labels swapped", "r2"], 0.3)
+    assert set(table.loc["sampled"].index) == set(given.index)
+    page = (studies / "docs" / "gemma-prediction.md").read_text()
+    assert "gemma-prediction.svg" in page
+    assert (studies / "docs" / "gemma-prediction.svg").exists()
