@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from .. import __version__
 from ..errors import AuditError
 from ..record_files import write_durably
-from .sources import Source, open_source, with_audit
-from .text import plain, probability, shown, signed
+from . import sections, sentences
+from .charts import Drawing
+from .comparison import compare_features, compare_outcomes
+from .curriculum import Map, curriculum_map
+from .filtered import Filtered, read_filtered
+from .packing import MOST_FEATURES, as_json, base64_floats, card, packed_features
+from .sources import Source, View, open_source, with_audit
+from .text import plain, shown
 
 PathLike = str | os.PathLike[str]
 
@@ -48,11 +61,13 @@ def write_report(
     Raises:
         AuditError: a directory that cannot be read, or an output that cannot be written.
     """
-    opened = _opened(sources, names)
+    opened = open_sources(sources, names)
     if audit is not None:
         opened[0] = with_audit(opened[0], open_source(audit))
     target = Path(output) if output is not None else opened[0].directory / "report.html"
-    page = _render(opened, title, note, reload_seconds)
+    page = _render(
+        opened, title, note, read_filtered(filtered) if filtered is not None else None, reload_seconds
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_durably(target, page.encode("utf-8"))
@@ -63,16 +78,91 @@ def write_report(
     return target
 
 
-def _opened(sources: PathLike | Sequence[PathLike], names: Sequence[str] | None) -> list[Source]:
+def open_sources(sources: PathLike | Sequence[PathLike], names: Sequence[str] | None = None) -> list[Source]:
+    """Every source, under its own name.
+
+    Raises:
+        AuditError: none, one that cannot be read, or not as many names as sources.
+    """
     paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not paths:
         raise AuditError("There is nothing to report on; name at least one run record or audit.")
     if names is not None and len(names) != len(paths):
         raise AuditError(f"There are {len(paths)} sources but {len(names)} names; give one each.")
-    return [open_source(path, names[place] if names else None) for place, path in enumerate(paths)]
+    chosen = list(names) if names else _short_names([Path(path).resolve() for path in paths])
+    return [open_source(path, name) for path, name in zip(paths, chosen, strict=True)]
 
 
-def _render(sources: list[Source], title: str, note: str, reload_seconds: float | None) -> str:
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Directories' names, with as many of their parents as it takes to tell them apart."""
+    depth = 1
+    while depth < 8:
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+        depth += 1
+    return names
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One dictionary of the first source."""
+
+    view: View
+    head: sections.HeadTable
+    map: Map | None
+    map_note: str
+    watched: list[Drawing]
+    watched_are_chosen: bool
+    drift: Drawing | None
+    gradient: list[Drawing]
+    shown_features: int
+
+
+def _render(
+    sources: list[Source], title: str, note: str, filtered: Filtered | None, reload_seconds: float | None
+) -> str:
+    main = sources[0]
+    measures = compare_outcomes(sources)
+    panels = [_panel(main, view) for view in main.views]
+    hints = {row.feature: row.hint for row in [*panels[0].head.gained, *panels[0].head.lost]}
+    script, style = _part("report.js"), _part("report.css")
+    data = {
+        "kind": main.kind,
+        "sides": main.sides,
+        "dictionaries": [_data(main, panel) for panel in panels],
+        "reload": reload_seconds,
+    }
+    context: dict[str, Any] = {
+        "title": title or _title(main),
+        "note": note,
+        "sources": sources,
+        "main": main,
+        "line": sentences.what_was_run(main),
+        "in_short": sentences.in_short(main, measures, sources),
+        "warnings": sentences.warnings(main),
+        "outcomes": sections.outcome_plot(measures, sources) if measures else None,
+        "compared": sections.feature_plot(compare_features(sources), sources, hints),
+        "panels": panels,
+        "shaping": [
+            (source.name, charts) for source in sources if (charts := sections.shaping_charts(source))
+        ],
+        "trainer": sections.trainer_charts(main),
+        "filtered": filtered,
+        "facts": [(source.name, sentences.provenance(source)) for source in sources],
+        "most_features": MOST_FEATURES,
+        "version": __version__,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "style": Markup(style),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "data": Markup(as_json(data)),
+        "reload_seconds": reload_seconds,
+    }
+    return _environment().get_template("report.html.jinja").render(context)
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("trl_sae_audit.report"),
         autoescape=True,
@@ -80,11 +170,62 @@ def _render(sources: list[Source], title: str, note: str, reload_seconds: float 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "signed": signed, "plain": plain, "probability": probability}
-    context: dict[str, Any] = {
-        "title": title or f"What {sources[0].name} teaches",
-        "note": note,
-        "sources": sources,
-        "reload_seconds": reload_seconds,
+    environment.filters |= {"shown": shown, "plain": plain}
+    return environment
+
+
+def _part(name: str) -> str:
+    return (resources.files("trl_sae_audit.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _title(source: Source) -> str:
+    return f"What {source.name} {'would teach' if source.kind == 'audit' else 'taught'}"
+
+
+def _panel(source: Source, view: View) -> _Panel:
+    found = None
+    if view.means is not None and view.bins is not None:
+        found = curriculum_map(view.means, view.bins, view.watched.values())
+    watched = sections.watched_charts(source, view)
+    return _Panel(
+        view,
+        sections.head_table(source, view),
+        found,
+        sections.map_note(found, view) if found else "",
+        watched or sections.largest_charts(view),
+        bool(watched),
+        sections.drift_chart(view),
+        sections.gradient_charts(view),
+        min(len(view.features), MOST_FEATURES),
+    )
+
+
+def _data(source: Source, panel: _Panel) -> dict[str, Any]:
+    view = panel.view
+    neuronpedia = view.described.get("neuronpedia_id")
+    found = panel.map
+    return {
+        "name": view.name,
+        "identity": view.described["identity"],
+        "neuronpedia": neuronpedia,
+        "size": len(view.features),
+        "factor": panel.head.scale.factor,
+        "unit": panel.head.scale.unit,
+        **packed_features(view.features),
+        "evidence": {
+            str(feature): card(evidence)
+            for (dictionary, feature), evidence in source.evidence.items()
+            if dictionary == view.name
+        },
+        "map": None
+        if found is None
+        else {
+            "features": found.features,
+            "bins": found.bins.tolist(),
+            "values": base64_floats(found.values),
+            "starts": [group.start for group in found.groups],
+            "rows": [group.rows for group in found.groups],
+            "names": [group.name for group in found.groups],
+            "height": found.height,
+        },
     }
-    return environment.get_template("report.html.jinja").render(context)

@@ -1,0 +1,145 @@
+"""Lines over steps, as shapes for an SVG that stretches: drawn in 1000 × 100 units, words and ticks beside them in HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .text import plain
+
+WIDTH, HEIGHT = 1000, 100
+_MOST_POINTS = 160
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: x ascending [n], y [n], and where it has one the half width of its 95 % interval [n]."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    margin: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A drawn line: SVG path data of the curve and of the band around it."""
+
+    name: str
+    path: str
+    band: str
+    dots: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart ready for the template; positions of ticks are percent from the left and from the top."""
+
+    title: str
+    unit: str
+    shapes: list[Shape]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    zero: float
+    description: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def thinned(line: Line, most: int = _MOST_POINTS) -> Line:
+    """At most `most` points, each the mean of consecutive ones; the margin of a mean is that of independent errors."""
+    if len(line.x) <= most:
+        return line
+    pieces = np.array_split(np.arange(len(line.x)), most)
+    x = np.array([line.x[piece].mean() for piece in pieces])
+    y = np.array([line.y[piece].mean() for piece in pieces])
+    margin = None
+    if line.margin is not None:
+        margin = np.array([np.sqrt(np.square(line.margin[piece]).sum()) / len(piece) for piece in pieces])
+    return Line(line.name, x, y, margin)
+
+
+def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None = None) -> Drawing | None:
+    """The chart of some lines, zero always on it; None if there is no finite point.
+
+    Args:
+        title: what is shown.
+        lines: at most six.
+        unit: of y, for the axis.
+        top: where the y axis ends, for quantities with a natural end.
+    """
+    lines = [thinned(_finite(line)) for line in lines]
+    lines = [line for line in lines if len(line.x)]
+    if not lines:
+        return None
+    left, right = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
+    highs = [line.y if line.margin is None else line.y + line.margin for line in lines]
+    lows = [line.y if line.margin is None else line.y - line.margin for line in lines]
+    y_ticks = ticks(min(0.0, *(low.min() for low in lows)), max(0.0, *(high.max() for high in highs)), 4)
+    low, high = y_ticks[0], y_ticks[-1] if top is None else top
+    x_ticks = [tick for tick in ticks(left, right, 5, whole=True) if left <= tick <= right]
+
+    def across(x: float) -> float:
+        return WIDTH / 2 if right == left else WIDTH * (x - left) / (right - left)
+
+    def down(y: float) -> float:
+        return HEIGHT * (high - y) / (high - low)
+
+    return Drawing(
+        title,
+        unit,
+        [_shape(line, across, down) for line in lines],
+        [(across(tick) / WIDTH * 100, f"{tick:,.0f}") for tick in x_ticks],
+        [(down(tick), plain(tick)) for tick in y_ticks if low <= tick <= high],
+        down(0.0),
+        "; ".join(_described(line) for line in lines),
+        ["step", *(line.name for line in lines)],
+        _table(lines),
+    )
+
+
+def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
+    if not high > low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= raw * 0.999)
+    if whole:
+        step = max(1.0, float(round(step)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def _finite(line: Line) -> Line:
+    keep = np.isfinite(line.y)
+    margin = None if line.margin is None else np.nan_to_num(line.margin[keep])
+    return Line(line.name, np.asarray(line.x, float)[keep], np.asarray(line.y, float)[keep], margin)
+
+
+def _shape(line: Line, across, down) -> Shape:  # type: ignore[no-untyped-def]
+    points = [(across(x), down(y)) for x, y in zip(line.x, line.y, strict=True)]
+    path = "M" + "L".join(f"{x:.1f} {y:.2f}" for x, y in points)
+    band = ""
+    if line.margin is not None and len(points) > 1:
+        upper = [(across(x), down(y)) for x, y in zip(line.x, line.y + line.margin, strict=True)]
+        lower = [(across(x), down(y)) for x, y in zip(line.x, line.y - line.margin, strict=True)]
+        band = "M" + "L".join(f"{x:.1f} {y:.2f}" for x, y in [*upper, *reversed(lower)]) + "Z"
+    return Shape(line.name, path, band, points if len(points) == 1 else [])
+
+
+def _described(line: Line) -> str:
+    if len(line.x) == 1:
+        return f"{line.name}: {plain(line.y[0])} at step {line.x[0]:.0f}"
+    return f"{line.name}: from {plain(line.y[0])} at step {line.x[0]:.0f} to {plain(line.y[-1])} at step {line.x[-1]:.0f}"
+
+
+def _table(lines: Sequence[Line], most: int = 12) -> list[list[str]]:
+    x = max((line.x for line in lines), key=len)
+    chosen = x[np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(int))]
+    return [
+        [f"{step:.0f}", *(plain(float(np.interp(step, line.x, line.y))) for line in lines)] for step in chosen
+    ]

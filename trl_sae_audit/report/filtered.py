@@ -1,0 +1,104 @@
+"""What a filter dropped, and why, read from the directory it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import AuditError
+from .text import counted, plain, shown
+
+_MOST_ROWS = 30
+_LONGEST = 400
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A row that left the data: its number, its score, why, and its texts by column."""
+
+    row: int
+    score: str
+    reason: str
+    texts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Attributes: sentence: counts and rule; flags: as the filter's summary has them; rows: the worst first."""
+
+    sentence: str
+    flags: list[dict[str, Any]]
+    rows: list[DroppedRow]
+    total: int
+
+
+def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
+    """Read the output directory of `filter`.
+
+    Raises:
+        AuditError: it is none, or is damaged.
+    """
+    directory = Path(directory)
+    try:
+        record = json.loads((directory / "filter.json").read_bytes())
+        summary, settings, files = record["summary"], record["settings"], record["files"]
+        decisions = pd.read_parquet(directory / "decisions.parquet")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AuditError(
+            f"{directory} was not written by `filter`, or is damaged ({error}); pass the output_dir of trl-sae-audit filter."
+        ) from error
+    rule = next(
+        (
+            f"{name} {settings[name]:g}"
+            for name in ("budget", "threshold", "quantile")
+            if settings.get(name) is not None
+        ),
+        "no limit",
+    )
+    parts = [
+        f"{counted(summary[name], 'row')} {name}"
+        for name in ("dropped", "flipped", "weighted")
+        if summary[name]
+    ]
+    sentence = (
+        f"Of {counted(summary['rows'], 'row')}, {summary['kept']:,} were kept"
+        + (f": {', '.join(parts)}" if parts else "")
+        + f" (strategy {settings['strategy']}, by {_score(settings['score'])}, {rule})."
+    )
+    dropped = decisions[decisions["action"] == "drop"].sort_values("score", ascending=False).head(_MOST_ROWS)
+    texts = _texts(directory / files["dropped"], set(dropped["row"]))
+    rows = [
+        DroppedRow(
+            int(row["row"]),
+            plain(row["score"]),
+            shown(row["reason"], _LONGEST),
+            texts.get(int(row["row"]), []),
+        )
+        for row in dropped.to_dict("records")
+    ]
+    return Filtered(sentence, summary["flags"], rows, int(summary["dropped"]))
+
+
+def _score(score: Any) -> str:
+    return score if isinstance(score, str) else json.dumps(score)
+
+
+def _texts(path: Path, wanted: set[int]) -> dict[int, list[tuple[str, str]]]:
+    from ..preferences import as_text, iterate_rows  # imports datasets
+
+    found = {}
+    for row in iterate_rows(path):
+        columns = row.columns or {}
+        number = columns.get("audit_row")
+        if number in wanted:
+            found[int(number)] = [
+                (name, shown(as_text(columns[name]), _LONGEST))
+                for name in ("prompt", "chosen", "rejected")
+                if columns.get(name) is not None
+            ]
+    return found

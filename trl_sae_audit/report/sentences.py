@@ -1,0 +1,234 @@
+"""The report in a few sentences, each made from the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .comparison import Measure
+from .sources import Source, View
+from .text import counted, percent, plain, probability, signed
+
+SIGNIFICANT = 0.05
+POOR_FIT, NO_FIT = 0.5, 0.9
+"""Shares of a token's variance left unexplained from which the dictionary is doubtful, and useless; as in `doctor`."""
+
+
+def what_was_run(source: Source) -> str:
+    """One line: trainer, steps, model, dictionary."""
+    dictionaries = "; ".join(
+        f"dictionary {view.name} ({view.described['d_sae']:,} features at {view.described['hook_point']})"
+        for view in source.views
+    )
+    model = f"model {source.manifest['model']}" if source.manifest.get("model") else "an unnamed model"
+    if source.kind == "audit":
+        objective = source.manifest["loss"]["objective"]
+        return f"Audit before training ({objective}) of {counted(source.amount, 'example')}, {model}, {dictionaries}."
+    trainer = str(source.manifest.get("trainer", "training")).upper()
+    return f"{trainer}, {counted(source.amount, 'optimizer step')}, {model}, {dictionaries}."
+
+
+def in_short(source: Source, measures: Sequence[Measure], sources: Sequence[Source]) -> list[str]:
+    """Three sentences: the largest features, how much of it is beyond chance, and what came of it."""
+    view = source.views[0]
+    third = _outcomes(measures, sources) or _over_time(source, view)
+    return [_largest(source, view), _beyond_chance(source, view), third]
+
+
+def named(feature: int, label: str) -> str:
+    """“agreement” (feature 12), or feature 12."""
+    return f"“{label}” (feature {feature})" if label else f"feature {feature}"
+
+
+def _largest(source: Source, view: View) -> str:
+    frame = view.features
+    up = frame.loc[frame["attribution"].idxmax()]
+    down = frame.loc[frame["attribution"].idxmin()]
+    many = len(frame) > 1 and up["attribution"] > 0 > down["attribution"]
+    who = "Trained on, these examples would push" if source.kind == "audit" else "The loss pushed"
+    first = (
+        f"{who} hardest towards {named(int(up['feature']), up['label'])}, {_how_strongly(up)}"
+        if up["attribution"] > 0
+        else "Nothing was pushed up"
+    )
+    second = (
+        f", and hardest away from {named(int(down['feature']), down['label'])}, {_how_strongly(down)}"
+        if many
+        else ""
+    )
+    return first + second + "."
+
+
+def _how_strongly(row: pd.Series) -> str:
+    return f"{plain(row['lift'], 2)} times as strongly as along a random direction (q {probability(row['q_value'])})"
+
+
+def _beyond_chance(source: Source, view: View) -> str:
+    frame = view.features
+    significant = int((frame["q_value"] < SIGNIFICANT).sum())
+    text = f"{significant:,} of {counted(len(frame), 'feature')} " + ("are" if significant != 1 else "is")
+    text += f" beyond chance (q < {SIGNIFICANT})"
+    if "length_q_value" in frame and source.kind == "audit":
+        equal = int(((frame["q_value"] < SIGNIFICANT) & (frame["length_q_value"] < SIGNIFICANT)).sum())
+        text += f", {equal:,} of them also between answers of equal length"
+    gradient = view.tables.get("gradient")
+    if gradient is not None and len(gradient):
+        k = source.manifest.get("settings", {}).get("top_k")
+        covered, chance = gradient["coverage"].mean(), gradient["coverage_random"].mean()
+        text += (
+            f"; the {k} largest of a step hold {percent(covered)} of its gradient, where {k} random directions hold "
+            f"{percent(chance)}"
+        )
+    return text + "."
+
+
+def _outcomes(measures: Sequence[Measure], sources: Sequence[Source]) -> str:
+    """What changed in the models' behaviour: of the measures that are wanted to move, or else the first two."""
+    shown = [measure for measure in measures if measure.wanted][:3] or list(measures[:2])
+    parts = [part for measure in shown if (part := _outcome(measure, sources))]
+    return " ".join(parts)
+
+
+def _outcome(measure: Measure, sources: Sequence[Source]) -> str:
+    main, before = measure.after[0], measure.before
+    if main is None:
+        return ""
+    text = f"“{measure.name}”: "
+    text += (
+        f"{before.text()} before, {main.text()} after the {sources[0].name} run"
+        if before
+        else (f"{main.text()} after the {sources[0].name} run")
+    )
+    if (
+        before
+        and measure.change is not None
+        and math.isfinite(measure.change.low)
+        and not measure.change.clear
+    ):
+        text += " (no clear change)"
+    for source, after, gap in zip(sources[1:], measure.after[1:], measure.differences[1:], strict=True):
+        if after is None or gap is None:
+            continue
+        unclear = " (no clear difference)" if math.isfinite(gap.low) and not gap.clear else ""
+        text += f", {after.text()} after {source.name}{unclear}"
+    return text + "."
+
+
+def _over_time(source: Source, view: View) -> str:
+    frame = view.features
+    if source.kind == "audit":
+        if "predicted_change" in frame:
+            row = frame.loc[frame["predicted_change"].abs().idxmax()]
+            return (
+                f"One optimizer step on this data would change {named(int(row['feature']), row['label'])} most on the "
+                f"held-out examples (mean activation {signed(row['predicted_change'])})."
+            )
+        return (
+            "This is what the loss asks for, before any training; what training makes of it was not measured."
+        )
+    rising = int(((frame["trend_q_value"] < SIGNIFICANT) & (frame["trend_tau"] > 0)).sum())
+    falling = int(((frame["trend_q_value"] < SIGNIFICANT) & (frame["trend_tau"] < 0)).sum())
+    watched = "; ".join(_trend(frame.iloc[feature]) for feature in list(view.watched.values())[:3])
+    text = f"Over the run the push rose for {counted(rising, 'feature')} and fell for {falling:,} (trend q < {SIGNIFICANT})"
+    return f"{text}; watched: {watched}." if watched else text + "."
+
+
+def _trend(row: pd.Series) -> str:
+    which = "rising" if row["trend_tau"] > 0 else "falling"
+    clear = which if row["trend_q_value"] < SIGNIFICANT else "no clear trend"
+    return f"{named(int(row['feature']), row['label'])} {signed(row['attribution'])}, {clear}"
+
+
+def warnings(source: Source) -> list[str]:
+    """What a reader must know before believing the rest."""
+    found = []
+    if source.status == "failed":
+        found.append(
+            f"The run failed after {counted(source.amount, 'optimizer step')}; the figures end there."
+        )
+    if source.status == "running":
+        found.append(
+            f"The run was still going on, or was killed, when this was written: {counted(source.amount, 'optimizer step')} "
+            "so far."
+        )
+    for view in source.views:
+        found += _fit_warnings(view, len(source.views) > 1)
+        skipped = int((~view.tables["gradient"]["finite"]).sum()) if "gradient" in view.tables else 0
+        if skipped:
+            found.append(
+                f"In {counted(skipped, 'step')} the gradient was not finite; they are left out of every figure."
+            )
+    passes = _passes(source)
+    if passes > 1.5:
+        found.append(
+            f"The run saw its data about {passes:.0f} times. The intervals and q-values take every example as a new one, so "
+            "they are too narrow and too small: read them as bounds."
+        )
+    found += _set_aside(source)
+    return found
+
+
+def _fit_warnings(view: View, several: bool) -> list[str]:
+    health = view.tables.get("health")
+    of = f" {view.name}" if several else ""
+    if health is None or not np.isfinite(health["token_fvu"]).any():
+        return []
+    token = float(health["token_fvu"].mean())
+    if token >= NO_FIT:
+        return [
+            f"The dictionary{of} does not fit this model: it leaves {percent(token)} of a token's variance unexplained. What the "
+            "features are called says nothing here; `trl-sae-audit doctor` helps to find one that fits."
+        ]
+    if token >= POOR_FIT:
+        return [
+            f"The dictionary{of} fits poorly: it leaves {percent(token)} of a token's variance unexplained. Behaviours it "
+            "missed cannot show up below."
+        ]
+    return []
+
+
+def _passes(source: Source) -> float:
+    """How often the run saw each example, as far as its arguments and log say; 0 where they do not."""
+    if source.log is None or not len(source.log):
+        return 0.0
+    epochs = source.log[source.log["name"] == "epoch"]["value"]
+    return float(np.ceil(epochs.max() - 1e-6)) if len(epochs) else 0.0
+
+
+def _set_aside(source: Source) -> list[str]:
+    rows = source.manifest.get("set_aside", []) if source.kind == "audit" else []
+    notes: dict[str, Any] = source.manifest.get("notes", {}) if source.kind == "audit" else {}
+    found = []
+    if rows:
+        found.append(
+            f"{counted(len(rows), 'row')} of the data could not be audited; row {rows[0][0]} because it {rows[0][1]}."
+        )
+    found += [
+        f"{counted(count, 'row')} {what}."
+        for name, what in (("truncated", "were cut at max_length"), ("duplicates", "are exact duplicates"))
+        if (count := notes.get(name, 0))
+    ]
+    return found
+
+
+def provenance(source: Source) -> list[tuple[str, str]]:
+    """What it takes to make the run again: versions, settings, where it lies."""
+    manifest = source.manifest
+    facts = [("directory", str(Path(source.directory))), ("status", source.status)]
+    if "created" in manifest:
+        facts.append(("begun", str(manifest["created"])))
+    facts += [(f"{name}", str(value)) for name, value in manifest.get("versions", {}).items()]
+    arguments = manifest.get("arguments") or manifest.get("loss") or {}
+    names = (
+        "learning_rate", "beta", "loss_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "num_train_epochs", "max_steps", "max_length", "seed", "objective",
+    )  # fmt: skip
+    facts += [(name, str(arguments[name])) for name in names if name in arguments]
+    for view in source.views:
+        facts.append((f"identity of {view.name}", str(view.described["identity"])))
+    return facts
