@@ -36,6 +36,7 @@ ELSEWHERE = "ppo" if Version("1.13") <= TRL else "newest"
 
 ONCE = {
     "test_audit_statistics.py",
+    "test_compare.py",
     "test_dictionary.py",
     "test_doctor.py",
     "test_evidence.py",
@@ -49,6 +50,8 @@ ONCE = {
     "test_penalties.py",
     "test_readme.py",
     "test_record.py",
+    "test_report.py",
+    "test_report_browser.py",
     "test_scorer.py",
     "test_statistics.py",
     "test_terminal.py",

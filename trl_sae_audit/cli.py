@@ -27,6 +27,8 @@ COMMANDS = {
     "flag": Command("flag", "mark a feature of an audit as one that should not be taught"),
     "filter": Command("filter", "remove, flip or weight the pairs that teach flagged features"),
     "verify": Command("verify", "did the scores predict what training did to the features?"),
+    "report": Command("report", "one HTML file about a run or an audit, to look at"),
+    "compare": Command("compare", "several runs side by side: behaviour and features"),
     "train-sae": Command("train_sae", "train a dictionary for your own model, on your own texts"),
     "doctor": Command("doctor", "does this dictionary fit this model, and which trainers will work?"),
     "demo": Command("demo", "the whole loop on a small model made on the spot"),

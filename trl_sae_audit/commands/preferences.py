@@ -51,3 +51,9 @@ def first_as_option(argv: Sequence[str], option: str) -> list[str]:
     if argv and not argv[0].startswith("-"):
         return [f"--{option}", *argv]
     return list(argv)
+
+
+def leading_as_option(argv: Sequence[str], option: str) -> list[str]:
+    """Let the first arguments, however many, do without their option's name: `compare RUN RUN --top 3`."""
+    leading = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return [f"--{option}", *argv] if leading else list(argv)

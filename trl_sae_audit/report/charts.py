@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +120,7 @@ def _finite(line: Line) -> Line:
     return Line(line.name, np.asarray(line.x, float)[keep], np.asarray(line.y, float)[keep], margin)
 
 
-def _shape(line: Line, across, down) -> Shape:  # type: ignore[no-untyped-def]
+def _shape(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> Shape:
     points = [(across(x), down(y)) for x, y in zip(line.x, line.y, strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.2f}" for x, y in points)
     band = ""

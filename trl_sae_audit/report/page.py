@@ -29,6 +29,8 @@ from .text import plain, shown
 
 PathLike = str | os.PathLike[str]
 
+_USUAL_NAMES = ("record", "sae_audit", "audit")
+
 
 def write_report(
     sources: PathLike | Sequence[PathLike],
@@ -94,14 +96,14 @@ def open_sources(sources: PathLike | Sequence[PathLike], names: Sequence[str] | 
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Directories' names, with as many of their parents as it takes to tell them apart."""
-    depth = 1
-    while depth < 8:
+    """Directories' names, without what every record is called, with as many parents as it takes to tell them apart."""
+    if all(path.name in _USUAL_NAMES for path in paths):
+        paths = [path.parent for path in paths]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
-            break
-        depth += 1
-    return names
+            return names
+    return [f"{path.name} ({place})" for place, path in enumerate(paths, start=1)]
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _render(
         "sources": sources,
         "main": main,
         "line": sentences.what_was_run(main),
-        "in_short": sentences.in_short(main, measures, sources),
+        "in_short": sentences.in_short(main, measures, sources, hints),
         "warnings": sentences.warnings(main),
         "outcomes": sections.outcome_plot(measures, sources) if measures else None,
         "compared": sections.feature_plot(compare_features(sources), sources, hints),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..evidence_files import Evidence
 from .charts import Drawing, Line, draw
 from .comparison import FeatureRow, Measure
 from .curriculum import Map
@@ -127,7 +128,7 @@ def head_table(source: Source, view: View) -> HeadTable:
         return HeadRow(
             feature,
             shown(values["label"] or (evidence.label if evidence else ""), 80),
-            " ".join(shown(token.strip(), 20) for token in evidence.promotes[:4]) if evidence else "",
+            hint(evidence) if evidence else "",
             signed(scale(values["attribution"])),
             plain(scale(values["margin"]), 2),
             Whisker.on((-reach, reach), values["attribution"], values["margin"]),
@@ -144,6 +145,24 @@ def head_table(source: Source, view: View) -> HeadTable:
         [row(values) for values in gained.to_dict("records")],
         [row(values) for values in lost.to_dict("records")],
     )
+
+
+def hint(evidence: Evidence) -> str:
+    """What a feature is about, in a few words: where it is active in its examples, and what it promotes."""
+    strongest: dict[str, float] = {}
+    for example in evidence.examples:
+        for tokens in example.tokens.values():
+            for token in tokens:
+                text = token.text.strip()
+                if token.activation > strongest.get(text, 0.0):
+                    strongest[text] = token.activation
+    words = sorted(strongest, key=lambda text: -strongest[text])[:3]
+    where = f"active on {_words(words)}" if words else "active in none of its examples"
+    return f"{where}; raises {_words(evidence.promotes[:3])}"
+
+
+def _words(words: Sequence[str]) -> str:
+    return " · ".join(shown(word.strip(), 20) or "␣" for word in words)
 
 
 def _cell(name: str, value: float, scale: Scale) -> str:

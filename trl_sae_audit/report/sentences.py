@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,26 @@ def what_was_run(source: Source) -> str:
         f"dictionary {view.name} ({view.described['d_sae']:,} features at {view.described['hook_point']})"
         for view in source.views
     )
-    model = f"model {source.manifest['model']}" if source.manifest.get("model") else "an unnamed model"
+    path = str(source.manifest.get("model") or "")
+    model = f"model {path.rstrip('/').rsplit('/', 1)[-1]}" if path else "a model without a name"
     if source.kind == "audit":
         objective = source.manifest["loss"]["objective"]
         return f"Audit before training ({objective}) of {counted(source.amount, 'example')}, {model}, {dictionaries}."
-    trainer = str(source.manifest.get("trainer", "training")).upper()
+    trainer = str(source.manifest.get("trainer", "Training")).removesuffix("Trainer")
     return f"{trainer}, {counted(source.amount, 'optimizer step')}, {model}, {dictionaries}."
 
 
-def in_short(source: Source, measures: Sequence[Measure], sources: Sequence[Source]) -> list[str]:
-    """Three sentences: the largest features, how much of it is beyond chance, and what came of it."""
+def in_short(
+    source: Source, measures: Sequence[Measure], sources: Sequence[Source], about: Mapping[int, str]
+) -> list[str]:
+    """Three sentences: the largest features, how much of it is beyond chance, and what came of it.
+
+    Args:
+        about: feature → what is known of it, in a few words.
+    """
     view = source.views[0]
     third = _outcomes(measures, sources) or _over_time(source, view)
-    return [_largest(source, view), _beyond_chance(source, view), third]
+    return [_largest(source, view, about), _beyond_chance(source, view), third]
 
 
 def named(feature: int, label: str) -> str:
@@ -45,23 +52,25 @@ def named(feature: int, label: str) -> str:
     return f"“{label}” (feature {feature})" if label else f"feature {feature}"
 
 
-def _largest(source: Source, view: View) -> str:
+def _largest(source: Source, view: View, about: Mapping[int, str]) -> str:
     frame = view.features
-    up = frame.loc[frame["attribution"].idxmax()]
-    down = frame.loc[frame["attribution"].idxmin()]
+    up = frame.iloc[int(np.nanargmax(frame["attribution"]))]
+    down = frame.iloc[int(np.nanargmin(frame["attribution"]))]
     many = len(frame) > 1 and up["attribution"] > 0 > down["attribution"]
     who = "Trained on, these examples would push" if source.kind == "audit" else "The loss pushed"
     first = (
-        f"{who} hardest towards {named(int(up['feature']), up['label'])}, {_how_strongly(up)}"
+        f"{who} hardest towards {_told(up, about)}, {_how_strongly(up)}"
         if up["attribution"] > 0
         else "Nothing was pushed up"
     )
-    second = (
-        f", and hardest away from {named(int(down['feature']), down['label'])}, {_how_strongly(down)}"
-        if many
-        else ""
-    )
+    second = f", and hardest away from {_told(down, about)}, {_how_strongly(down)}" if many else ""
     return first + second + "."
+
+
+def _told(row: pd.Series, about: Mapping[int, str]) -> str:
+    feature = int(row["feature"])
+    known = "" if row["label"] else about.get(feature, "").split(";")[0]
+    return named(feature, row["label"]) + (f", {known}" if known else "")
 
 
 def _how_strongly(row: pd.Series) -> str:
@@ -123,7 +132,7 @@ def _over_time(source: Source, view: View) -> str:
     frame = view.features
     if source.kind == "audit":
         if "predicted_change" in frame:
-            row = frame.loc[frame["predicted_change"].abs().idxmax()]
+            row = frame.iloc[int(np.nanargmax(frame["predicted_change"].abs()))]
             return (
                 f"One optimizer step on this data would change {named(int(row['feature']), row['label'])} most on the "
                 f"held-out examples (mean activation {signed(row['predicted_change'])})."
@@ -220,6 +229,7 @@ def provenance(source: Source) -> list[tuple[str, str]]:
     """What it takes to make the run again: versions, settings, where it lies."""
     manifest = source.manifest
     facts = [("directory", str(Path(source.directory))), ("status", source.status)]
+    facts.append(("model", str(manifest.get("model") or "not named")))
     if "created" in manifest:
         facts.append(("begun", str(manifest["created"])))
     facts += [(f"{name}", str(value)) for name, value in manifest.get("versions", {}).items()]

@@ -238,7 +238,7 @@
     }
     if (!evidence.examples.length) return parts;
     const box = element("div", {});
-    const shade = (kind) => box.replaceChildren(...evidence.examples.map((example) => exampleOf(from, example, kind)));
+    const shade = (kind) => box.replaceChildren(...evidence.examples.map((example) => exampleOf(example, kind)));
     const choice = (kind, text) => element("label", {}, element("input", { type: "radio", name: "shade", value: kind, ...(kind === "attribution_of" ? { checked: "" } : {}), onchange: () => shade(kind) }), ` ${text}`);
     parts.push(element("h3", {}, "Examples that drive it"),
       element("fieldset", { class: "scales" }, element("legend", { class: "hide" }, "Shade tokens by"), choice("attribution_of", "shaded by attribution: where the loss pushes"), choice("activation", "by activation: where the feature is on")), box);
@@ -246,9 +246,9 @@
     return parts;
   }
 
-  function exampleOf(from, example, kind) {
+  function exampleOf(example, kind) {
     return element("article", { class: "example" },
-      element("p", {}, element("b", {}, `Row ${example.row}`), ` attribution ${signed(example.attribution * from.factor)}${from.unit}`),
+      element("p", {}, element("b", {}, `Row ${example.row}`), ` pushes it ${example.attribution > 0 ? "up" : "down"}: ${signed(example.attribution)} of the whole data's mean loss`),
       example.prompt ? element("p", { class: "prompt" }, element("bdi", {}, example.prompt)) : null,
       ...example.answers.flatMap((answer) => [element("div", { class: "side" }, answer.side), tokensOf(answer, kind)]));
   }
