@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 # Before any library is imported, and inherited by the processes that tests start.
 os.environ.update(
@@ -19,6 +21,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRACKIO_DIR": str(Path(tempfile.gettempdir()) / f"trackio-{os.getpid()}"),
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "WANDB_MODE": "disabled",
     }

@@ -16,13 +16,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer
 
-from . import metrics
+from . import metrics, reporters
 from .channel import Channel, Columns
 from .checkpoint import CallbackState
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .hook_points import HookPoint
 from .preflight import as_probe, check_dictionary, model_name, resolve_watch
+from .record import RunRecord
 from .record_writer import RecordWriter
 from .totals import FeatureTotals
 from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
@@ -166,6 +167,15 @@ class Session:
         self._write()
         state = CallbackState(self.step, self._totals(), self._baselines)
         state.save(self._state_directory(), self.settings.dictionaries)
+
+    def before_train_end(self) -> None:
+        """Show the top features on the trainer's dashboards, which close before this callback hears of the end."""
+        self._project()
+        callbacks = self.trainer.callback_handler.callbacks
+        if self._writer is not None and reporters.reports_tables(callbacks):
+            self._write()
+            record = RunRecord.load(self._writer.directory)
+            reporters.publish(callbacks, record, self.trainer.state.global_step)
 
     def finish(self) -> None:
         """Training ended well."""

@@ -203,6 +203,9 @@ class _Run:
         self._window.zero_()
         self._steps = 0
 
+    def before_train_end(self) -> None:
+        """The shield has nothing to say at the end."""
+
     def abort(self) -> None:
         """Take everything off model and trainer."""
         self._handle.remove()

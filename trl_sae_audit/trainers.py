@@ -58,6 +58,9 @@ class Listener(Protocol):
     def enrich_log(self, logs: dict[str, Any]) -> None:
         """Add to a record the trainer is about to log."""
 
+    def before_train_end(self) -> None:
+        """Training ended well, and the trainer's callbacks, reporters among them, are about to hear of it."""
+
     def abort(self) -> None:
         """Training ended with an exception: take everything off the model and the trainer."""
 
@@ -163,6 +166,7 @@ class Seams:
         self._handles: list[Any] = []
         self._sides: Callable[[], Tensor] | None = None
         self._wraps.wrap(trainer, "log", self._logging)
+        self._wraps.wrap(trainer.callback_handler, "on_train_end", self._ending)
         if self.kind == "PPOTrainer":
             self._wrap_ppo()
         else:
@@ -182,6 +186,13 @@ class Seams:
             return original(logs, *args, **kwargs)
 
         return log
+
+    def _ending(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def on_train_end(*args: Any, **kwargs: Any) -> Any:
+            self._listener.before_train_end()
+            return original(*args, **kwargs)
+
+        return on_train_end
 
     def _guarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
