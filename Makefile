@@ -1,6 +1,7 @@
 # make demo   an audited training run to look at
+# make docs   the documentation as a site, in site/
 # make test   every check, with the newest TRL and with the last one that has PPO
-# Both set up what they need, in .venv and .venv-ppo; PYTHON=python3.12 chooses another Python.
+# All set up what they need, in .venv and .venv-ppo; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -9,11 +10,15 @@ PINS := pyproject.toml constraints-base.txt
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest test-ppo lint clean
+.PHONY: demo docs test test-newest test-ppo lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
 	.venv/bin/trl-sae-audit demo
+
+# the documentation as a site, in site/
+docs: .venv/.installed-dev
+	.venv/bin/mkdocs build --strict --quiet
 
 test: lint test-newest test-ppo
 
@@ -37,7 +42,7 @@ test-ppo: .venv-ppo/.installed-dev
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	.venv/bin/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	.venv/bin/pip install --quiet --editable '.[dev,docs]' --constraint constraints.txt
 	touch $@
 
 .venv-ppo/.installed-dev: $(PINS) constraints-ppo.txt
@@ -47,4 +52,4 @@ test-ppo: .venv-ppo/.installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-ppo runs
+	rm -rf .venv .venv-ppo runs site

@@ -55,7 +55,8 @@ def nothing_left(trainer: Trainer) -> bool:
     """No hook of this package on the model (transformers leaves some of its own), no wrapped method."""
     hooks = [hook for module in trainer.model.modules() for hook in module._forward_hooks.values()]
     ours = [hook for hook in hooks if hook.__module__.startswith("trl_sae_audit")]
-    return not ours and not WRAPPED & vars(trainer).keys()
+    handler = vars(trainer.callback_handler)
+    return not ours and not WRAPPED & vars(trainer).keys() and "on_train_end" not in handler
 
 
 @pytest.mark.parametrize("name", BUILDERS)
