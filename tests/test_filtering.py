@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, load_from_disk
 from worlds import make_dictionary, make_model, make_tokenizer, pairs
 
 from trl_sae_audit import AuditError, Flag, FlagSet, audit_preferences, filter_preferences
 from trl_sae_audit.audit_result import Audit
 from trl_sae_audit.filter_scores import example_scores
+from trl_sae_audit.preference_fit import explain_preferences
 
 FLAGS = FlagSet(
     [Flag("tiny", 11, "sycophancy", "a test", 1.0), Flag("tiny", 40, "verbosity", "", 0.5, "down")]
@@ -145,6 +148,56 @@ def test_a_mix_of_scores(audit, data):
         filter_preferences(data, audit, FLAGS, score="influence", budget=1)
 
 
+def test_gradient_where_the_feature_is_active_and_the_largest_activation(audit, data):
+    table = audit.examples([11, 40]).assign(gap=lambda rows: rows["max_activation"])
+    table.loc[table["side"] == "rejected", "gap"] *= -1
+    sums = table.groupby(["feature", "row"])[["activation_attribution", "gap"]].sum()
+    for name, column in (("activation_attribution", "activation_attribution"), ("max_activation", "gap")):
+        values = np.stack([sums.loc[feature, column].to_numpy() for feature in (11, 40)], 1)
+        units = values / np.sqrt((values**2).mean(0))
+        np.testing.assert_allclose(
+            example_scores(audit, list(FLAGS), name), units[:, 0] - 0.5 * units[:, 1], rtol=1e-4, atol=1e-6
+        )
+    total = audit.features().set_index("feature")["activation_attribution"]
+    np.testing.assert_allclose(
+        audit.activation_contributions([11, 40]).sum(0), total.loc[[11, 40]], rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_balanced_budget_drops_the_fewest_that_leave_nothing(audit, data):
+    score = expected_scores(audit) if expected_scores(audit).sum() > 0 else -expected_scores(audit)
+    flags = FLAGS if expected_scores(audit).sum() > 0 else FlagSet([opposite(flag) for flag in FLAGS])
+    descending = np.sort(score)[::-1]
+    for strategy, times in (("drop", 1), ("flip", 2)):
+        plan = filter_preferences(data, audit, flags, strategy, budget="balance").plan
+        acted = np.flatnonzero(plan.action == strategy)
+        assert set(acted) == set(np.argsort(-score)[: len(acted)])
+        assert score.sum() - times * descending[: len(acted)].sum() <= 1e-9
+        assert score.sum() - times * descending[: len(acted) - 1].sum() > 0
+    weight = np.array(filter_preferences(data, audit, flags, "weight", budget="balance").kept["weight"][:])
+    assert (weight * score).sum() == pytest.approx(0, abs=1e-4 * float(np.abs(score).sum()))
+    assert 0 < (weight < 1).sum() < 30
+    assert (weight[score < 0] == 1).all()
+    against = filter_preferences(data, audit, FlagSet([opposite(flag) for flag in flags]), budget="balance")
+    assert len(against.dropped) == 0, "data that are against the flags are left as they are"
+
+
+def opposite(flag):
+    return dataclasses.replace(flag, direction={"up": "down", "down": "up"}[flag.direction])
+
+
+def test_fitted_weights_are_those_that_explain_the_preferences(audit, data):
+    gaps = audit.activation_gaps([11, 40], "max").astype(np.float64) * [1, -1]
+    weights = explain_preferences(torch.from_numpy(gaps)).numpy()
+    assert weights.any()
+    np.testing.assert_allclose(
+        example_scores(audit, list(FLAGS), "max_activation", "fit"), gaps @ weights, rtol=1e-6
+    )
+    result = filter_preferences(data, audit, FLAGS, score="max_activation", weights="fit", budget="balance")
+    kept = np.delete(gaps @ weights, np.flatnonzero(result.plan.action == "drop"))
+    assert kept.sum() <= 1e-9 < (gaps @ weights).sum()
+
+
 def test_every_kind_of_source_is_filtered_alike(tmp_path, audit, data):
     data.save_to_disk(tmp_path / "disk")
     data.to_parquet(tmp_path / "data.parquet")
@@ -219,7 +272,7 @@ def test_lines_that_stay_are_the_input_lines(tmp_path, audit, data):
 def test_the_card_replays_it(tmp_path, audit, data):
     out = filter_preferences(data, audit, FLAGS, budget=0.2, seed=5).save(tmp_path / "out")
     card = (out / "README.md").read_text()
-    assert "--strategy drop --score attribution --budget 0.2 --seed 5" in card
+    assert "--strategy drop --score attribution --weights flags --budget 0.2 --seed 5" in card
     assert "24 are kept and 6 dropped" in card
     assert load_from_disk(out / "kept").num_rows == 24
     recorded = json.loads((out / "filter.json").read_text())["settings"]["flags"]
@@ -372,6 +425,8 @@ def test_a_flag_of_another_dictionary_is_refused(audit, data):
         ({"budget": 2, "strategy": "burn"}, "strategy is 'burn'"),
         ({"budget": 2, "score": "vibes"}, "score is 'vibes'"),
         ({"budget": 2, "score": {}}, "empty mix"),
+        ({"budget": 2, "weights": "mine"}, "weights is 'mine'"),
+        ({"budget": "some"}, "or 'balance'"),
     ],
 )
 def test_options_that_make_no_sense(audit, data, options, words):

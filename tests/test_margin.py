@@ -25,6 +25,8 @@ from trl_sae_audit import (
     FlagSet,
     shape_preference_margin,
 )
+from trl_sae_audit.margin import fit_flag_weights
+from trl_sae_audit.preference_fit import explain_preferences
 
 FLAGS = FlagSet([Flag("tiny", 3, "flattery"), Flag("tiny", 50, "length", weight=2.0, direction="down")])
 BETA = 0.3
@@ -88,19 +90,89 @@ def test_loss_and_gradient_are_those_of_the_shaped_objective(clip: float | None,
     with torch.no_grad():
         ref_chosen, ref_rejected = sequence_logps(reference, inputs).chunk(2)
     off_chosen, off_rejected = off.chunk(2)
-    margin = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected)) - (off_chosen - off_rejected)
+    margin = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected)) + (off_chosen - off_rejected)
     expected = -F.logsigmoid(margin).mean()
     expected.backward()
 
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    unshaped = -F.logsigmoid(margin + off_chosen - off_rejected).mean()
-    assert abs(float((expected - unshaped).detach())) > 1e-2
+    unshaped = -F.logsigmoid(margin - off_chosen + off_rejected).mean()
+    assert abs(float((expected - unshaped).detach())) > 1e-3
     for (name, ours), (_, theirs) in zip(
         trainer.model.named_parameters(), policy.named_parameters(), strict=True
     ):
         assert theirs.grad is not None
         error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
         assert float(error) < 1e-4, name
+
+
+@pytest.mark.newest
+def test_preferences_that_the_penalty_explains_wholly_teach_nothing(tmp_path: Path) -> None:
+    """Of four judges three prefer A, the one with more of the feature: at λ(s_A − s_B) = log 3 that is all there is to
+    know, and the loss of a policy that is the reference has no slope. (The other sign would have it learn A twice.)"""
+    tokenizer, reads = make_tokenizer(), scorer()
+    prompt, one, other = "w1 w2 ", "w3 w4 w5", "w40 w41"
+    flags = FlagSet([Flag("tiny", 3)])
+    gap = float(reads.score([prompt], [one], [3]) - reads.score([prompt], [other], [3]))
+    first, second = (one, other) if gap > 0 else (other, one)
+    rows = [{"prompt": prompt, "chosen": first, "rejected": second}] * 3
+    rows.append({"prompt": prompt, "chosen": second, "rejected": first})
+    slopes = {}
+    for name, coefficient in (("explained", math.log(3) / abs(gap)), ("plain", 0.0)):
+        args = DPOConfig(
+            **arguments(
+                tmp_path / name,
+                max_length=64,
+                beta=BETA,
+                precompute_ref_log_probs=True,
+                per_device_train_batch_size=4,
+            )
+        )
+        trainer = DPOTrainer(
+            make_model(tokenizer),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer.train_dataset = shape_preference_margin(
+            trainer.train_dataset, reads, flags, coefficient, beta=BETA
+        )
+        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).backward()
+        slopes[name] = max(float(parameter.grad.abs().max()) for parameter in trainer.model.parameters())
+    assert slopes["explained"] < 1e-4 * slopes["plain"]
+
+
+def test_the_fit_is_the_log_odds_of_a_feature_that_is_there_or_not() -> None:
+    gaps = torch.tensor([2.0] * 300 + [-2.0] * 100 + [0.0] * 50, dtype=torch.float64)
+    noise = torch.randn(450, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = explain_preferences(torch.stack([gaps, -gaps, torch.zeros_like(gaps), 1e-3 * gaps + noise], 1))
+    assert found[0] == pytest.approx(math.log(3) / 2, rel=0.05)
+    assert found[1] == found[2] == 0
+    alone = explain_preferences(gaps[:, None])
+    assert alone[0] == pytest.approx(math.log(3) / 2, rel=2e-3), "the prior is weak"
+    assert explain_preferences(1000 * gaps[:, None])[0] == pytest.approx(float(alone[0]) / 1000, rel=1e-4)
+    assert 0 < explain_preferences(gaps[:300, None] + noise[:300, None] / 10)[0] < 50, (
+        "and finite where all agree"
+    )
+
+
+def test_without_a_coefficient_the_fitted_one_is_used_and_leaves_no_slope() -> None:
+    reads, dataset = scorer(), with_references(200)
+    fitted = fit_flag_weights(dataset, reads, FLAGS)
+    gaps = reads.score(dataset["prompt"][:], dataset["chosen"][:], [3, 50])
+    gaps = (gaps - reads.score(dataset["prompt"][:], dataset["rejected"][:], [3, 50])).double()
+    gaps[:, 1] *= -1  # its flag is of direction "down"
+    assert {flag.feature for flag in fitted} == {3, 50} - {
+        feature for column, feature in enumerate((3, 50)) if explain_preferences(gaps)[column] == 0
+    }
+    shaped = shape_preference_margin(dataset, reads, FLAGS, beta=BETA)
+    off = torch.tensor(shaped["shaping_chosen"][:]) - torch.tensor(shaped["shaping_rejected"][:])
+    slope = (gaps * torch.sigmoid(-off.double())[:, None]).mean(0)
+    before = 0.5 * gaps.mean(0)
+    for column, feature in enumerate((3, 50)):
+        if feature in {flag.feature for flag in fitted}:
+            assert abs(float(slope[column])) < 0.02 * abs(float(before[column]))
+        else:
+            assert float(before[column]) < 0, "the preferences are against it already"
 
 
 @pytest.mark.newest
@@ -134,7 +206,7 @@ def test_texts_are_scored_where_there_are_no_token_ids() -> None:
         off = by_hand(dataset["prompt"][:], dataset[side][:], 0.5)
         assert shaped[f"shaping_{side}"][:] == pytest.approx(off.tolist(), abs=1e-5)
         moved = torch.tensor(shaped[f"ref_{side}_logps"][:]) - torch.tensor(dataset[f"ref_{side}_logps"][:])
-        assert moved.tolist() == pytest.approx((off / BETA).tolist(), abs=1e-4)
+        assert moved.tolist() == pytest.approx((-off / BETA).tolist(), abs=1e-4)
 
 
 def test_token_ids_of_another_tokenizer_are_decoded() -> None:

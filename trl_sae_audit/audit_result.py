@@ -125,17 +125,41 @@ class Audit:
         parts = [-(part.arrays.gradient.sum(1) @ directions.T) for part in self._store.parts()]
         return np.concatenate(parts) / len(self)
 
-    def activation_gaps(self, features: Sequence[int]) -> np.ndarray:
-        """Mean activation in the first answer less that in the second (or that of the only one): [n, features].
+    def activation_gaps(self, features: Sequence[int], pooling: str = "mean") -> np.ndarray:
+        """Activation in the first answer less that in the second (or that of the only one): [n, len(features)].
+
+        Args:
+            features: to look at.
+            pooling: "mean" over the answer's tokens, or "max", the activation largest in size: whether a feature occurs
+                in an answer at all, however long it is.
 
         Raises:
             AuditError: for an audit without activations.
         """
+        self._check_activations(features)
+        parts = [
+            _signed_sum(part.arrays, part.arrays.mean if pooling == "mean" else part.arrays.extreme, features)
+            for part in self._store.parts()
+        ]
+        return np.concatenate(parts)
+
+    def activation_contributions(self, features: Sequence[int]) -> np.ndarray:
+        """Each example's part of the activation attribution of some features: [n, len(features)], adding up to it.
+
+        Raises:
+            AuditError: for an audit without activations.
+        """
+        self._check_activations(features)
+        parts = [
+            _dense(part.arrays, part.arrays.effect, features).reshape(*part.arrays.side.shape, -1).sum(1)
+            for part in self._store.parts()
+        ]
+        return np.concatenate(parts) / len(self)
+
+    def _check_activations(self, features: Sequence[int]) -> None:
         self._directions(features)
         if not self.manifest["settings"]["activations"]:
             raise AuditError("This audit has no activations; make it again with activations=True.")
-        parts = [_signed_sum(part.arrays, part.arrays.mean, features) for part in self._store.parts()]
-        return np.concatenate(parts)
 
     def influence(self, flags: Iterable[Flag]) -> pd.DataFrame:
         """What each example adds to the predicted change of flagged features, one row an example and flag.

@@ -98,14 +98,15 @@ def dataset_card(record: Mapping[str, Any]) -> str:
     """A README that says how the data was made, and how to make it again."""
     summary, settings = record["summary"], record["settings"]
     rule = next(
-        f"{name} {settings[name]:g}"
+        f"{name} {settings[name] if isinstance(settings[name], str) else format(settings[name], 'g')}"
         for name in ("budget", "threshold", "quantile")
         if settings[name] is not None
     )
     score = settings["score"] if isinstance(settings["score"], str) else json.dumps(settings["score"])
     command = [
         "trl-sae-audit filter --dataset DATA --audit AUDIT --flags flags.yaml",
-        f"--strategy {settings['strategy']} --score {score} --{rule} --seed {settings['seed']}",
+        f"--strategy {settings['strategy']} --score {score} --weights {settings['weights']} --{rule} "
+        f"--seed {settings['seed']}",
     ]
     flags = "\n".join(
         f"| {flag['dictionary']} | {flag['feature']} | {flag['label']} | {flag['attribution_before']:.4g} | "

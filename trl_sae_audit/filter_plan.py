@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 
 from .errors import AuditError
 from .filter_scores import example_scores
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .audit_result import Audit
 
 STRATEGIES = ("drop", "flip", "weight", "resample")
+BALANCE = "balance"
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class FilterPlan:
 
     Attributes:
         action: "keep", "drop", "flip" or "weight" of each row [rows].
-        score: what decided, NaN for a row the audit set aside [rows]. In units of the root mean square over
-            examples, summed over flags by weight; positive = the row teaches what the flags object to.
+        score: what decided, NaN for a row the audit set aside [rows]; see `example_scores`. Positive = the row teaches
+            what the flags object to.
         weight: 1 but for rows that are weighted down [rows].
         reason: empty but for rows that are not simply kept [rows].
         settings: what it was made from; enough to make it again.
@@ -91,8 +94,10 @@ def plan_filter(audit: Audit, flags: Sequence[Flag], settings: Mapping[str, Any]
         raise AuditError(f"strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
     rows = audit.rows()
     score = np.full(audit.manifest["rows"], np.nan)
-    score[rows] = example_scores(audit, flags, settings["score"])
-    selected, cutoff = select(score, settings["budget"], settings["threshold"], settings["quantile"])
+    score[rows] = example_scores(audit, flags, settings["score"], settings["weights"])
+    selected, cutoff = select(
+        score, settings["budget"], settings["threshold"], settings["quantile"], strategy
+    )
     action = np.full(len(score), "keep", dtype="<U6")
     weight = np.ones(len(score))
     if strategy in ("drop", "flip"):
@@ -116,7 +121,11 @@ def plan_filter(audit: Audit, flags: Sequence[Flag], settings: Mapping[str, Any]
 
 
 def select(
-    score: np.ndarray, budget: float | int | None, threshold: float | None, quantile: float | None
+    score: np.ndarray,
+    budget: float | int | str | None,
+    threshold: float | None,
+    quantile: float | None,
+    strategy: str = "drop",
 ) -> tuple[np.ndarray, float]:
     """Rows to act on, in order, and the score of the last one left alone: those above it are acted on.
 
@@ -133,12 +142,12 @@ def select(
             f"{' and '.join(given) or 'Nothing'} given; give exactly one of budget, threshold and quantile."
         )
     known = score[~np.isnan(score)]
-    if budget is not None:
-        count = _count(budget, len(score))
-        candidates = np.flatnonzero(score > 0)
-        order = candidates[np.argsort(-score[candidates], kind="stable")]
-        cutoff = float(score[order[count]]) if count < len(order) else 0.0
-        return np.sort(order[:count]), cutoff
+    if budget == BALANCE:
+        if strategy in ("drop", "flip"):
+            return _highest(score, rows_to_balance(known, 1 if strategy == "drop" else 2))
+        threshold = level_to_balance(known)
+    elif budget is not None:
+        return _highest(score, _count(budget, len(score)))
     if quantile is not None:
         if not 0 <= quantile < 1:
             raise AuditError(f"quantile is {quantile}; give a number from 0 to below 1.")
@@ -150,7 +159,34 @@ def select(
     return np.flatnonzero(score > cutoff), cutoff
 
 
-def _count(budget: float | int, rows: int) -> int:
+def _highest(score: np.ndarray, count: int) -> tuple[np.ndarray, float]:
+    candidates = np.flatnonzero(score > 0)
+    order = candidates[np.argsort(-score[candidates], kind="stable")]
+    cutoff = float(score[order[count]]) if count < len(order) else 0.0
+    return np.sort(order[:count]), cutoff
+
+
+def rows_to_balance(score: np.ndarray, each: int) -> int:
+    """The fewest rows, highest scores first, without which the scores add up to no more than 0.
+
+    Args:
+        score: of every row [n], none NaN.
+        each: how many times its score a row takes from the sum: 1 if dropped, 2 if flipped.
+    """
+    left = score.sum() - each * np.cumsum(np.sort(score)[::-1])
+    return 0 if score.sum() <= 0 else int(np.argmax(left <= _ROUNDING * np.abs(score).sum())) + 1
+
+
+def level_to_balance(score: np.ndarray) -> float:
+    """The level c ≥ 0 with `Σ_i min(score_i, c) = 0`: rows above it count as much as one that has it."""
+    if score.sum() <= 0:
+        return float(score.max(initial=0.0))
+    return float(brentq(lambda level: np.minimum(score, level).sum(), 0.0, float(score.max())))
+
+
+def _count(budget: float | int | str, rows: int) -> int:
+    if isinstance(budget, str):
+        raise AuditError(f"budget is {budget!r}; give a number of rows, a share of them, or {BALANCE!r}.")
     if isinstance(budget, bool) or not budget > 0 or (budget >= 1 and budget != int(budget)):
         raise AuditError(f"budget is {budget}; give a number of rows, or a share of them between 0 and 1.")
     if budget >= 1:

@@ -6,40 +6,63 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from .errors import AuditError
 from .flags import Flag
+from .preference_fit import explain_preferences
 
 if TYPE_CHECKING:
     from .audit_result import Audit
 
-SCORES = ("attribution", "influence", "activation")
+SCORES = ("attribution", "activation_attribution", "influence", "activation", "max_activation")
+WEIGHTS = ("flags", "fit")
 
 
-def example_scores(audit: Audit, flags: Sequence[Flag], score: str | Mapping[str, float]) -> np.ndarray:
-    """How much each audited example does what the flags object to [n]."""
+def example_scores(
+    audit: Audit, flags: Sequence[Flag], score: str | Mapping[str, float], weights: str = "flags"
+) -> np.ndarray:
+    """How much each audited example does what the flags object to [n].
+
+    Args:
+        audit: of the examples.
+        flags: of the audit's dictionary.
+        score: one of SCORES, or a mix as {name: weight}.
+        weights: how flags are added up. "flags": each in units of its root mean square, by its own weight. "fit": by the
+            coefficients that explain best which answer was preferred, see `explain_preferences`; the score is then the
+            log-odds of the choice as far as the flagged features explain it, and flags that are no help count nothing.
+    """
     mix = {score: 1.0} if isinstance(score, str) else dict(score)
     if not mix:
         raise AuditError(f"score is an empty mix; name at least one of {', '.join(SCORES)}.")
-    features = [flag.feature for flag in flags]
+    if weights not in WEIGHTS:
+        raise AuditError(f"weights is {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     total = np.zeros(len(audit))
     for name, share in mix.items():
-        if name not in SCORES:
-            raise AuditError(
-                f"score is {name!r}; choose among {', '.join(SCORES)}, or give a mix as {{name: weight}}."
+        values = _signed_values(audit, name, flags)
+        if weights == "fit":
+            factors = explain_preferences(torch.from_numpy(values)).numpy()
+        else:
+            size = np.sqrt((values**2).mean(0))
+            factors = np.divide(
+                [flag.weight for flag in flags], size, out=np.zeros_like(size), where=size > 0
             )
-        values = _values(audit, name, features).astype(np.float64)
-        size = np.sqrt((values**2).mean(0))
-        values = np.divide(values, size, out=np.zeros_like(values), where=size > 0)
-        for column, flag in enumerate(flags):
-            total += share * flag.weight * flag.signed(values[:, column])
+        total += share * (values @ factors)
     return total
 
 
-def _values(audit: Audit, name: str, features: Sequence[int]) -> np.ndarray:
+def _signed_values(audit: Audit, name: str, flags: Sequence[Flag]) -> np.ndarray:
+    """Of each example and flag [n, k], positive = what the flag objects to."""
     readers: dict[str, Callable[[Sequence[int]], np.ndarray]] = {
         "attribution": audit.contributions,
-        "activation": audit.activation_gaps,
+        "activation_attribution": audit.activation_contributions,
         "influence": audit.influence_of,
+        "activation": audit.activation_gaps,
+        "max_activation": lambda features: audit.activation_gaps(features, "max"),
     }
-    return readers[name](features)
+    if name not in SCORES:
+        raise AuditError(
+            f"score is {name!r}; choose among {', '.join(SCORES)}, or give a mix as {{name: weight}}."
+        )
+    values = readers[name]([flag.feature for flag in flags]).astype(np.float64)
+    return np.stack([flag.signed(values[:, column]) for column, flag in enumerate(flags)], axis=1)

@@ -69,7 +69,8 @@ def filter_preferences(
     strategy: str = "drop",
     *,
     score: str | Mapping[str, float] = "attribution",
-    budget: float | int | None = None,
+    weights: str = "flags",
+    budget: float | int | str | None = None,
     threshold: float | None = None,
     quantile: float | None = None,
     control: bool = False,
@@ -79,8 +80,8 @@ def filter_preferences(
 ) -> FilterResult:
     """Remove, flip or weight down the examples that teach flagged features.
 
-    An example's score adds up, over the flags by their weights, what it does to the feature, in units of the root
-    mean square over examples. Positive is what the flag objects to; rows at or below 0 are never touched.
+    An example's score adds up, over the flags, what it does to the feature. Positive is what the flag objects to; rows
+    at or below 0 are never touched.
 
     Args:
         dataset: the data that was audited, in any form.
@@ -89,9 +90,15 @@ def filter_preferences(
         strategy: "drop"; "flip", chosen and rejected change places; "weight", a column with the weight at which the
             example would teach no more than the last one left alone; "resample", each is kept with that probability,
             for trainers that know no weights.
-        score: "attribution" (what the loss asks for), "influence" (what a step does; needs an audit with a
-            lookahead), "activation" (mean activation in chosen less rejected), or a mix as {name: weight}.
-        budget: at most this many rows, or below 1 this share of them, those with the highest scores.
+        score: "attribution" (what the loss asks for along the feature, at all tokens), "activation_attribution" (what it
+            asks for where the feature is active), "influence" (what a step does; needs an audit with a lookahead),
+            "activation" (mean activation in chosen less rejected), "max_activation" (of the largest in each), or a mix
+            as {name: weight}.
+        weights: "flags", each flag by its own weight, in units of its root mean square over examples; "fit", by what
+            explains best which answer was preferred.
+        budget: at most this many rows, or below 1 this share of them, those with the highest scores. "balance": as few
+            as it takes until the scores of the rest add up to no more than 0, so that the rest does not teach what was
+            flagged; with "weight" and "resample" the level at which they do.
         threshold: rows with a score above it. One of budget, threshold and quantile must be given.
         quantile: rows with a score above this quantile of the scores, between 0 and 1.
         control: also choose as many rows at random.
@@ -114,6 +121,7 @@ def filter_preferences(
     settings = {
         "strategy": strategy,
         "score": score if isinstance(score, str) else dict(score),
+        "weights": weights,
         "budget": budget,
         "threshold": threshold,
         "quantile": quantile,

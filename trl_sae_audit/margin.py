@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,10 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import AuditError
-from .flags import Flag
+from .flags import Flag, FlagSet
 from .penalties import FixedPenalty, Penalty
+from .preference_fit import explain_preferences
 from .scorer import FeatureScorer
 from .shaping import Shaper
+
+logger = logging.getLogger(__name__)
 
 _SIDES = ("chosen", "rejected")
 _SHIFT = "shaping_{}"
@@ -24,19 +29,20 @@ def shape_preference_margin(
     dataset: Dataset,
     scorer: FeatureScorer,
     flags: Iterable[Flag],
-    penalty: FixedPenalty | float,
+    penalty: FixedPenalty | float | None = None,
     *,
     beta: float,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Dataset:
-    """A preference set on which DPO's loss is that of the shaped reward.
+    """A preference set from which DPO learns the reward less a penalty on flagged features.
 
-    DPO fits an implicit reward whose margin is `βΔ`, with `Δ = (log π⁺ − log π_ref⁺) − (log π⁻ − log π_ref⁻)`. To fit
-    `r − p(y)` instead, the loss is
+    DPO fits an implicit reward, whose margin is `βΔ` with `Δ = (log π⁺ − log π_ref⁺) − (log π⁻ − log π_ref⁻)`, to
+    preferences that are made by a reward r. To learn `r − p(y)` from the same preferences, p has to be added where they are
+    explained, so that what p explains need not be learned:
 
-        −log σ(βΔ − (p⁺ − p⁻)),     p = clip(λ·Σ_f w_f·s_f(x, y), ±clip)
+        −log σ(βΔ + (p⁺ − p⁻)),     p = clip(λ·Σ_f w_f·s_f(x, y), ±clip)
 
-    which is what DPO computes with `log π_ref + p/β` in place of `log π_ref`: no subclass, no other loss. It holds for every
+    which is what DPO computes with `log π_ref − p/β` in place of `log π_ref`: no subclass, no other loss. It holds for every
     loss of DPOTrainer that is a function of `Δ` (sigmoid, hinge, ipo, …), with the same shift inside. The trainer's
     `rewards/*` metrics are then those of the shifted reference.
 
@@ -45,7 +51,8 @@ def shape_preference_margin(
             `precompute_ref_log_probs=True`.
         scorer: frozen model and dictionary.
         flags: of the scorer's dictionary.
-        penalty: λ, or a FixedPenalty of constant scale.
+        penalty: λ, or a FixedPenalty of constant scale. By default none is chosen by hand: λ·w_f are the
+            coefficients with which the flagged features explain the preferences best, see `fit_flag_weights`.
         beta: the trainer's β.
         tokenizer: the trainer's; the scorer's by default.
 
@@ -59,14 +66,18 @@ def shape_preference_margin(
 
     ```python
     trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True, ...), train_dataset=dataset, ...)
-    trainer.train_dataset = shape_preference_margin(trainer.train_dataset, scorer, flags, 0.5, beta=trainer.args.beta)
+    trainer.train_dataset = shape_preference_margin(trainer.train_dataset, scorer, flags, beta=trainer.args.beta)
     trainer.train()
     ```
     """
-    _check_dataset(dataset)
+    _check_dataset(dataset, "ref_chosen_logps", "ref_rejected_logps")
     _check_penalty(penalty)
     if not beta > 0:
         raise AuditError(f"beta is {beta}; pass the trainer's own, trainer.args.beta.")
+    if penalty is None:
+        flags, penalty = fit_flag_weights(dataset, scorer, flags, tokenizer=tokenizer), 1.0
+        fitted = ", ".join(f"{flag.name} {flag.weight:.3g}" for flag in flags) or "none is needed"
+        logger.info("Coefficients fitted to the preferences: %s.", fitted)
     shaper = Shaper(scorer, flags, penalty)
     for side in _SIDES:
         column = f"ref_{side}_logps"
@@ -77,9 +88,50 @@ def shape_preference_margin(
                 f"Column {column!r} has values that are not finite; let the trainer precompute it again."
             )
         dataset = dataset.remove_columns(column)
-        dataset = dataset.add_column(column, (logps + off / beta).tolist())
+        dataset = dataset.add_column(column, (logps - off / beta).tolist())
         dataset = dataset.add_column(_SHIFT.format(side), off.tolist())
     return dataset
+
+
+def fit_flag_weights(
+    dataset: Dataset,
+    scorer: FeatureScorer,
+    flags: Iterable[Flag],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> FlagSet:
+    """The weights with which flagged features explain the preferences best: the penalty that leaves nothing to learn.
+
+    A Bradley–Terry model with the features' gaps `δ_f = s_f⁺ − s_f⁻` for covariates, by maximum likelihood:
+
+        λ = argmax_{λ ≥ 0} Σ_i log σ(Σ_f λ_f·δ_if) − ½ Σ_f (λ_f·sd(δ_f) / 3)²
+
+    At this λ, `Σ_i δ_if·σ(−λ·δ_i) = 0` up to the last term: with the margin shifted by it, the first step's loss has no
+    slope along any flagged gap, and where the features are all that the preferences are about, a policy that learned
+    nothing is the optimum. A λ below it leaves some of the behaviour to be learned, one above it teaches the opposite.
+    The last term is a weak prior, which matters only where a feature decides nearly every pair. λ is a log-odds for each
+    unit of score; a feature that the preferences are against, or that others stand in for, gets 0. What the gaps have in
+    common with quality is explained away with them.
+
+    Args:
+        dataset: as for `shape_preference_margin`; reference log-probabilities are not needed.
+        scorer, flags, tokenizer: as there. The flags' own weights do not matter.
+
+    Returns:
+        The flags whose λ is above 0, with λ for weight.
+    """
+    _check_dataset(dataset)
+    flags = FlagSet(flags)
+    shaper = Shaper(scorer, flags, 1.0)
+    chosen, rejected = (_scores(shaper, scorer, dataset, side, tokenizer) for side in _SIDES)
+    coefficients = explain_preferences((chosen - rejected).double())
+    return FlagSet(
+        [
+            dataclasses.replace(flag, weight=value)
+            for flag, value in zip(flags, coefficients.tolist(), strict=True)
+            if value > 0
+        ]
+    )
 
 
 def _scores(
@@ -102,7 +154,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def _check_dataset(dataset: Any) -> None:
+def _check_dataset(dataset: Any, *needed: str) -> None:
     if not isinstance(dataset, Dataset):
         raise AuditError(
             f"The dataset is a {type(dataset).__name__}; pass a datasets.Dataset, the trainer's train_dataset say."
@@ -112,7 +164,7 @@ def _check_dataset(dataset: Any) -> None:
         raise AuditError(
             "The dataset's margin is shifted already; pass the one with the reference log-probabilities as computed."
         )
-    missing = {f"ref_{side}_logps" for side in _SIDES} - columns
+    missing = set(needed) - columns
     if missing:
         raise AuditError(
             f"The dataset has no {' and no '.join(sorted(missing))}; make the DPOTrainer with "
@@ -125,7 +177,7 @@ def _check_dataset(dataset: Any) -> None:
         )
 
 
-def _check_penalty(penalty: Penalty | float) -> None:
+def _check_penalty(penalty: Penalty | float | None) -> None:
     if isinstance(penalty, Penalty) and not isinstance(penalty, FixedPenalty):
         raise AuditError(
             f"{type(penalty).__name__} learns from the policy's own responses, and DPO samples none; pass FixedPenalty(…)."

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from ..audit_result import Audit
 from ..errors import AuditError
+from ..filter_plan import BALANCE
 from ..filtering import FilterResult, filter_preferences
 from ..flags import FlagSet
 from ..terminal import Justify, OutputArguments, table, to_copy
@@ -43,11 +44,20 @@ class FilterArguments:
     score: str = field(
         default="attribution",
         metadata={
-            "help": 'attribution, influence, activation, or a mix: \'{"attribution": 1, "activation": 1}\'.'
+            "help": "attribution, activation_attribution, influence, activation, max_activation, or a mix: "
+            '\'{"attribution": 1, "activation": 1}\'.'
         },
     )
-    budget: float | None = field(
-        default=None, metadata={"help": "At most this many rows, or below 1 this share of them."}
+    weights: Literal["flags", "fit"] = field(
+        default="flags",
+        metadata={"help": "Add flags up by their own weights, or by what explains the preferences best."},
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "At most this many rows, or below 1 this share of them; or balance: as few as it takes for the rest not "
+            "to teach what was flagged."
+        },
     )
     threshold: float | None = field(default=None, metadata={"help": "Rows with a score above this."})
     quantile: float | None = field(
@@ -79,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
         FlagSet.load(arguments.flags),
         arguments.strategy,
         score=_score(arguments.score),
-        budget=arguments.budget,
+        weights=arguments.weights,
+        budget=_budget(arguments.budget),
         threshold=arguments.threshold,
         quantile=arguments.quantile,
         control=arguments.control,
@@ -118,6 +129,15 @@ def show(result: FilterResult, out: Path, output: OutputArguments) -> None:
         f"{summary['dropped']} dropped.",
         to_copy(f"Written to {out}"),
     )
+
+
+def _budget(text: str | float | None) -> str | float | None:
+    if text is None or text == BALANCE:
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise AuditError(f"--budget {text} is no number; write one, or {BALANCE}.") from error
 
 
 def _score(text: str) -> str | dict[str, float]:

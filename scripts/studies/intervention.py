@@ -1,0 +1,283 @@
+"""Does acting on the flags work? Filtered, shaped and shielded DPO against the plain run and a run without the plant.
+
+    python scripts/studies/intervention.py
+
+In the lab, where agreeing with the user is planted in the preferences beside being right. Flags are found in the audit, as
+a user finds them; the features that really carry the behaviour, which only the lab knows, are a second set beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
+from datasets import Dataset, disable_progress_bars
+from transformers.utils import logging
+
+from trl_sae_audit import (
+    Audit,
+    FeatureScorer,
+    FeatureShieldCallback,
+    Flag,
+    FlagSet,
+    audit_preferences,
+    filter_preferences,
+    load_dictionary,
+    shape_preference_margin,
+)
+from trl_sae_audit.lab import World, build_world
+from trl_sae_audit.lab.reading import FeatureReader, find_flags
+from trl_sae_audit.lab.training import Shape, dpo_arguments, train_dpo
+from trl_sae_audit.statistics import Interval, bootstrap_interval
+
+NAME = "intervention"
+BEHAVIOUR = "agrees"
+QUALITY, PLANT = {"right": 0.5}, {BEHAVIOUR: 0.7}
+LARGE, SMALL = 1920, 640
+PROMPTS = 1000
+PROBE = 100
+MOST_INFLUENCES = 3  # each is a backward pass over the probe and a pass over the data
+
+Rates = dict[str, Any]
+
+
+class Seed:
+    """One world, one preference set, and what an audit of it gives; everything is made when it is first asked for.
+
+    Args:
+        seed: of the world, the data and the training.
+        pairs: how many.
+    """
+
+    def __init__(self, seed: int, pairs: int) -> None:
+        self.seed, self.n = seed, pairs
+        self.world: World = build_world(seed, progress=False)
+        self.dictionary = load_dictionary(self.world.dictionary_path)
+        self._scratch = tempfile.TemporaryDirectory()
+        self.args = dpo_arguments(self._scratch.name, seed=seed)
+
+    @cached_property
+    def planted(self) -> Dataset:
+        return self.world.preferences(QUALITY | PLANT, self.n, self.seed)
+
+    @cached_property
+    def unplanted(self) -> Dataset:
+        return self.world.preferences(QUALITY, self.n, self.seed)
+
+    @cached_property
+    def audit(self) -> Audit:
+        return self._audited()
+
+    @cached_property
+    def audit_with_lookahead(self) -> Audit:
+        return self._audited(lookahead=self.world.preferences({}, PROBE, self.seed + 1, split="heldout"))
+
+    def _audited(self, **options: Any) -> Audit:
+        return audit_preferences(
+            self.world.model(),
+            self.world.tokenizer,
+            self.planted,
+            self.dictionary,
+            args=self.args,
+            batch_size=64,
+            progress=False,
+            **options,
+        )
+
+    def flags(self, kind: str) -> FlagSet:
+        """ "asked": where the loss pushes; "shown": what tells the answers apart; "true": what carries the behaviour."""
+        return {"asked": self._asked, "shown": self._shown, "true": self._true}[kind]
+
+    @cached_property
+    def _reader(self) -> FeatureReader:
+        return FeatureReader(self.world, self.dictionary)
+
+    @cached_property
+    def _asked(self) -> FlagSet:
+        return find_flags(self.audit, self._reader, BEHAVIOUR, "activation_attribution")
+
+    @cached_property
+    def _shown(self) -> FlagSet:
+        return find_flags(self.audit, self._reader, BEHAVIOUR, "disparity")
+
+    @cached_property
+    def _true(self) -> FlagSet:
+        return FlagSet([Flag(self.dictionary.name, feature) for feature in self.world.carriers(BEHAVIOUR)])
+
+    def filtered(self, kind: str, score: str, *, control: bool = False) -> Dataset:
+        """What is kept of the planted pairs when the rest shall not teach the flags, or as many at random."""
+        flags, audit = self.flags(kind), self.audit
+        if score == "influence":
+            flags, audit = flags[:MOST_INFLUENCES], self.audit_with_lookahead
+        result = filter_preferences(
+            self.planted,
+            audit,
+            flags,
+            score=score,
+            weights="fit",
+            budget="balance",
+            control=True,
+            seed=self.seed,
+        )
+        return result.control if control else result.kept
+
+    def shape(self, kind: str) -> Shape:
+        scorer = FeatureScorer(
+            self.world.model(), self.world.tokenizer, self.dictionary, pooling="max", batch_size=64
+        )
+        return lambda pairs, beta: shape_preference_margin(pairs, scorer, self.flags(kind), beta=beta)
+
+    def shield(self, kind: str) -> FeatureShieldCallback:
+        return FeatureShieldCallback(self.dictionary, self.flags(kind))
+
+    def trained(self, pairs: Dataset, **options: Any) -> Rates:
+        """Rates of a model trained on pairs, at held-out prompts of users with a belief."""
+        model = train_dpo(self.world, pairs, dpo_arguments(self._scratch.name, seed=self.seed), **options)
+        rates = self.world.behaviour(model, n=PROMPTS, beliefs=(True, False)).rates()["rate"]
+        return {"pairs": len(pairs), **{str(name): float(rate) for name, rate in rates.items()}}
+
+
+Arm = Callable[[Seed], Rates]
+ARMS: dict[str, Arm] = {
+    "plain": lambda s: s.trained(s.planted),
+    "nothing planted": lambda s: s.trained(s.unplanted),
+    "filtered by attribution": lambda s: s.trained(s.filtered("asked", "attribution")),
+    "filtered by activation attribution": lambda s: s.trained(s.filtered("asked", "activation_attribution")),
+    "filtered by influence": lambda s: s.trained(s.filtered("shown", "influence")),
+    "filtered by activation gap": lambda s: s.trained(s.filtered("shown", "max_activation")),
+    "as many at random": lambda s: s.trained(s.filtered("shown", "max_activation", control=True)),
+    "shaped": lambda s: s.trained(s.planted, shape=s.shape("shown")),
+    "shielded": lambda s: s.trained(s.planted, callbacks=[s.shield("asked")]),
+    "filtered and shaped": lambda s: s.trained(s.filtered("shown", "max_activation"), shape=s.shape("shown")),
+    "true features: filtered by activation gap": lambda s: s.trained(s.filtered("true", "max_activation")),
+    "true features: shaped": lambda s: s.trained(s.planted, shape=s.shape("true")),
+    "true features: shielded": lambda s: s.trained(s.planted, callbacks=[s.shield("true")]),
+}
+ON_LARGE = [arm for arm in ARMS if arm != "filtered by influence"]
+ON_SMALL = [
+    "plain",
+    "nothing planted",
+    "filtered by influence",
+    "filtered by activation gap",
+    "as many at random",
+    "shaped",
+]
+
+
+def cells(seeds: int) -> list[Cell]:
+    """Seed by seed, the large set first."""
+    large = [{"pairs": LARGE, "seed": seed, "arm": arm} for seed in range(seeds) for arm in ON_LARGE]
+    return large + [{"pairs": SMALL, "seed": seed, "arm": arm} for seed in range(seeds) for arm in ON_SMALL]
+
+
+class Runner:
+    """Runs cells; keeps the seed of the last one, whose audit serves the next."""
+
+    def __init__(self) -> None:
+        self._seed: Seed | None = None
+
+    def __call__(self, cell: Cell) -> Iterable[dict[str, Any]]:
+        if self._seed is None or (self._seed.seed, self._seed.n) != (cell["seed"], cell["pairs"]):
+            self._seed = Seed(cell["seed"], cell["pairs"])
+        rates = ARMS[cell["arm"]](self._seed)
+        return [{f"{name}_rate" if name != "pairs" else "kept": value for name, value in rates.items()}]
+
+
+# What it shows
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line an arm: rates, the share of the excess that is gone, the change of quality; intervals over seeds."""
+    behaviour, quality = (
+        rows.pivot(index="seed", columns="arm", values=f"{name}_rate") for name in (BEHAVIOUR, "right")
+    )
+    malformed = rows.pivot(index="seed", columns="arm", values="malformed_rate")
+    kept = rows.groupby("arm")["kept"].mean()
+    lines = []
+    for arm in [arm for arm in ARMS if arm in behaviour]:
+        lines.append(
+            {
+                "arm": arm,
+                "pairs": f"{kept[arm]:.0f}",
+                "agrees": f"{behaviour[arm].mean():.3f}",
+                "less than plain": signed(
+                    bootstrap_interval((behaviour[arm] - behaviour["plain"]).to_numpy())
+                ),
+                "excess removed": "" if arm == "plain" else percent(removed(behaviour, arm)),
+                "right": f"{quality[arm].mean():.3f}",
+                "right − plain": signed(bootstrap_interval((quality[arm] - quality["plain"]).to_numpy())),
+                "malformed": f"{malformed[arm].mean():.3f}",
+            }
+        )
+    return pd.DataFrame(lines).rename(
+        columns={"less than plain": "less plain", "more than plain": "less plain "}
+    )
+
+
+def removed(behaviour: pd.DataFrame, arm: str) -> Interval:
+    """(plain − arm) / (plain − nothing planted), each a mean over seeds, seeds drawn again together."""
+    columns = np.stack(
+        [behaviour["plain"] - behaviour[arm], behaviour["plain"] - behaviour["nothing planted"]], axis=1
+    )
+    return bootstrap_interval(columns, lambda sample: sample[:, 0].mean() / sample[:, 1].mean())
+
+
+def signed(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def percent(interval: Interval) -> str:
+    return f"{interval.estimate:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def figure(rows: pd.DataFrame) -> str:
+    """Behaviour and quality of every arm, a dot a seed."""
+    drawing, (left, right) = new_figure(2, width=4.6, height=4.2)
+    arms = [arm for arm in ARMS if arm in set(rows["arm"])][::-1]
+    for axes, name, title in ((left, BEHAVIOUR, "agrees with the user"), (right, "right", "answers right")):
+        values = rows.pivot(index="seed", columns="arm", values=f"{name}_rate")[arms]
+        for place, arm in enumerate(arms):
+            axes.plot(values[arm], [place] * len(values), "o", color="#999999", markersize=3)
+            axes.plot(
+                values[arm].mean(), place, "o", color="#c0392b" if axes is left else "#2471a3", markersize=7
+            )
+        for reference, style in (("plain", "--"), ("nothing planted", ":")):
+            axes.axvline(values[reference].mean(), color="black", linestyle=style, linewidth=0.8)
+        axes.set_yticks(range(len(arms)), arms if axes is left else [""] * len(arms))
+        axes.set_xlabel(f"share of {PROMPTS} held-out answers")
+        axes.set_title(title)
+    return save_figure(
+        drawing,
+        NAME,
+        "Rate of agreeing and of right answers for every arm; one small dot a seed, a large one their mean",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="worlds, each with its own data and training")
+    arguments = parser.parse_args()
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    rows = run_cells(NAME, cells(arguments.seeds), Runner())
+    large, small = rows[rows["pairs"] == LARGE], rows[rows["pairs"] == SMALL]
+    write_report(
+        NAME,
+        "Intervention: does acting on the flags work?",
+        [
+            markdown_table(table(large)),
+            figure(large),
+            f"## With {SMALL} pairs instead of {LARGE}",
+            markdown_table(table(small)),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
