@@ -1,4 +1,4 @@
-"""Penalties: their formulae, the controller on a plant that is known, and what is refused."""
+"""What penalties share, and the fixed one: the formula, the reward's spread, states, processes, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import multiprocessing
 
 from trl_sae_audit import AdaptivePenalty, AuditError, FixedPenalty, Flag
-from trl_sae_audit.penalties import Penalty, penalty_from_settings
+from trl_sae_audit.penalties import Penalty
+from trl_sae_audit.shaping import penalty_from_settings
 
 FLAGS = [Flag("tiny", 3, "flattery"), Flag("tiny", 7, "length", weight=2.0)]
-WEIGHTS = torch.tensor([1.0, 2.0], dtype=torch.float64)
 SCORES = torch.tensor([[1.0, -0.5], [6.0, 2.0], [-3.0, 0.25]])
 REWARDS = torch.tensor([0.5, 2.5, -1.5])
 
@@ -30,7 +30,7 @@ def bound(penalty: Penalty) -> Penalty:
 
 def batch(penalty: Penalty, scores: torch.Tensor = SCORES, rewards: torch.Tensor = REWARDS) -> list[float]:
     penalty.begin_batch()
-    off = penalty(scores, WEIGHTS)
+    off = penalty(scores)
     penalty.end_batch(scores, rewards)
     return off.tolist()
 
@@ -69,56 +69,6 @@ def test_the_running_spread_forgets() -> None:
     assert penalty.spread == pytest.approx(math.sqrt(np.average((values - mean) ** 2, weights=weights)))
 
 
-def test_adaptive_penalty_is_its_formula() -> None:
-    penalty = bound(AdaptivePenalty(target=0.5, gain=0.2, error_clip=0.75, maximum=10))
-    assert batch(penalty) == [0.0, 0.0, 0.0]
-    clipped = SCORES.clamp(-4, 4).double()
-    error = (clipped.mean(0) - 0.5).clamp(-0.75, 0.75)
-    lambdas = (0.2 * error).clamp(0, 10)
-    spread = float(np.std(REWARDS.double().numpy()))
-    expected = spread * ((clipped - 0.5) @ (lambdas * WEIGHTS))
-    assert batch(penalty) == pytest.approx(expected.tolist(), rel=1e-9)
-    assert float(expected.abs().max()) > 0
-    assert penalty.coefficients() == pytest.approx((spread * lambdas).tolist())
-
-
-def plant(lambdas: list[float], spread: float, push: float, rng: np.random.Generator) -> torch.Tensor:
-    """Scores of a policy whose mean is what the reward pushes for less what the penalty costs."""
-    level = push - 1.5 * lambdas[0] / spread if spread else push
-    return torch.tensor(np.stack([rng.normal(level, 0.3, 32), rng.normal(-1.0, 0.3, 32)], 1))
-
-
-@pytest.mark.parametrize("size", [0.01, 1.0, 1000.0])
-@pytest.mark.parametrize("target", [0.0, -0.5])
-def test_the_controller_holds_a_feature_at_its_target_whatever_the_size_of_the_reward(
-    size: float, target: float
-) -> None:
-    rng = np.random.default_rng(0)
-    penalty: Penalty = bound(AdaptivePenalty({"flattery": target, "length": target}))
-    levels = []
-    for _ in range(200):
-        penalty.begin_batch()
-        scores = plant(penalty.coefficients(), penalty.spread, 2.0, rng)
-        penalty(scores, WEIGHTS)
-        penalty.end_batch(scores, torch.tensor(rng.normal(0, size, 32)))
-        levels.append(float(scores[:, 0].mean()))
-    assert levels[0] == pytest.approx(2.0, abs=0.3)
-    assert np.mean(levels[-50:]) == pytest.approx(target, abs=0.05)
-    assert penalty.coefficients()[1] == 0.0  # always below its target: nothing to do
-
-
-def test_the_integral_does_not_wind_up() -> None:
-    penalty = bound(AdaptivePenalty(gain=0.5, maximum=2.0))
-    high, low = torch.full((4, 2), 3.0), torch.full((4, 2), -3.0)
-    for _ in range(500):
-        batch(penalty, high, REWARDS.repeat(2)[:4])
-    spread = penalty.spread
-    assert penalty.coefficients() == pytest.approx([2.0 * spread] * 2)
-    for _ in range(5):  # 4 batches of 0.5 from the bound to 0, and one to take the last one in
-        batch(penalty, low, REWARDS.repeat(2)[:4])
-    assert penalty.coefficients() == [0.0, 0.0]
-
-
 @pytest.mark.parametrize("make", [lambda: FixedPenalty(0.5, warmup=5, relative=True), AdaptivePenalty])
 def test_the_state_continues_exactly(make: Any) -> None:
     rng = np.random.default_rng(1)
@@ -154,9 +104,10 @@ def test_an_unjudged_batch_moves_nothing() -> None:
         (lambda: FixedPenalty(1, clip=0), "clip"),
         (lambda: FixedPenalty(1, decay=0), "decay"),
         (lambda: AdaptivePenalty("policy"), "'reference'"),
-        (lambda: AdaptivePenalty(gain=0), "gain"),
+        (lambda: AdaptivePenalty(proportional=-1), "proportional"),
+        (lambda: AdaptivePenalty(memory=0), "memory"),
         (lambda: AdaptivePenalty(maximum=math.inf), "maximum"),
-        (lambda: bound(AdaptivePenalty(9.0)), "score_clip"),
+        (lambda: bound(AdaptivePenalty(19.0)), "score_clip"),
         (lambda: bound(AdaptivePenalty({"flattery": 0.0})), "no target"),
         (lambda: bound(AdaptivePenalty({"flattery": 0, "length": 0, "lenght": 0})), "no labels"),
         (lambda: AdaptivePenalty().bind([Flag("tiny", 1, "one", direction="both")]), "'both'"),
@@ -205,6 +156,6 @@ def test_two_processes_have_the_coefficients_of_their_joint_batch(tmp_path: Path
         scores, rewards = (torch.tensor(np.concatenate(each)) for each in zip(*parts, strict=True))
         batch(joint, scores, rewards)
     joint.begin_batch()
-    assert states[0]["integral"] == pytest.approx(joint.state_dict()["integral"], rel=1e-12)
-    assert min(states[0]["integral"]) > 0
+    assert states[0]["lambdas"] == pytest.approx(joint.state_dict()["lambdas"], rel=1e-9)
+    assert min(states[0]["lambdas"]) > 0
     assert states[0]["moments"] == pytest.approx(joint.state_dict()["moments"], rel=1e-12)

@@ -157,7 +157,7 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
     other = FeatureScorer(make_model(tokenizer), tokenizer, make_dictionary(seed=9))
     with pytest.raises(AuditError, match="calibrate again"):
         other.load(tmp_path / "calibration.safetensors")
-    pooled = FeatureScorer(make_model(tokenizer), tokenizer, make_dictionary(), pooling="max")
+    pooled = FeatureScorer(make_model(tokenizer), tokenizer, make_dictionary(), pooling="mean")
     with pytest.raises(AuditError, match="pooling"):
         pooled.load(tmp_path / "calibration.safetensors")
     (tmp_path / "broken").write_bytes(b"no")
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused() -> None:
     wide = FeatureDictionary(torch.randn(8, 48), "model.layers.1", "wide")
     with pytest.raises(AuditError, match="48 dimensions"):
         FeatureScorer(model, make_tokenizer(), wide)
-    with pytest.raises(AuditError, match="choose one of mean, max, last"):
+    with pytest.raises(AuditError, match="choose one of max, mean, last"):
         FeatureScorer(model, make_tokenizer(), make_dictionary(), pooling="sum")
     scorer = FeatureScorer(model, make_tokenizer(), make_dictionary())
     with pytest.raises(AuditError, match="has 0 to 95"):

@@ -135,10 +135,10 @@ def test_online_dpo_receives_inner_reward_minus_penalty(tmp_path: Path) -> None:
 
 @pytest.mark.newest
 def test_adaptive_coefficients_follow_their_rule_in_grpo(tmp_path: Path) -> None:
-    penalty = AdaptivePenalty(gain=0.3)
+    penalty = AdaptivePenalty(proportional=0.3)
     shaped = Asked(reward_by_length, scorer(), FLAGS, penalty)
     policy_gradient("GRPO", tmp_path, shaped, gradient_accumulation_steps=1, max_steps=4).train()
-    by_hand = AdaptivePenalty(gain=0.3)
+    by_hand = AdaptivePenalty(proportional=0.3)
     by_hand.bind(list(FLAGS))
     assert len(shaped.calls) >= 4
     largest = 0.0
@@ -146,7 +146,7 @@ def test_adaptive_coefficients_follow_their_rule_in_grpo(tmp_path: Path) -> None
         scores = signed_scores(texts, completions)
         inner = torch.tensor(reward_by_length(completions), dtype=torch.float64)
         by_hand.begin_batch()
-        off = by_hand(scores, torch.tensor([1.0, 2.0]))
+        off = by_hand(scores)
         by_hand.end_batch(scores, inner)
         assert answer == pytest.approx((inner - off).tolist(), abs=1e-4)
         largest = max(largest, float(off.abs().max()))
@@ -156,7 +156,7 @@ def test_adaptive_coefficients_follow_their_rule_in_grpo(tmp_path: Path) -> None
 @pytest.mark.newest
 def test_a_resumed_run_continues_with_the_same_coefficients(tmp_path: Path) -> None:
     def run(directory: Path, checkpoint: str | None = None, **overrides: Any) -> list[list[float]]:
-        shaped = Asked(reward_by_length, scorer(), FLAGS, AdaptivePenalty(target=-1.0, gain=0.3))
+        shaped = Asked(reward_by_length, scorer(), FLAGS, AdaptivePenalty(target=-1.0, proportional=0.3))
         trainer = policy_gradient(
             "GRPO",
             directory,
@@ -170,7 +170,7 @@ def test_a_resumed_run_continues_with_the_same_coefficients(tmp_path: Path) -> N
         trainer.add_callback(ShapingCallback(shaped))
         trainer.train(resume_from_checkpoint=checkpoint)
         return [
-            shaped.shaper.penalty.state_dict()["integral"],
+            shaped.shaper.penalty.state_dict()["lambdas"],
             *[answer for *_, answer, _ in shaped.calls],
         ]
 

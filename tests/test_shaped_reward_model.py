@@ -180,7 +180,7 @@ def test_adaptive_coefficients_follow_their_rule_in_ppo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def penalty() -> AdaptivePenalty:
-        return AdaptivePenalty(target=-1.0, gain=0.3)
+        return AdaptivePenalty(target=-1.0, proportional=0.3)
 
     shaped = ShapedRewardModel(reward_model(), scorer(), FLAGS, penalty())
     received = Received(monkeypatch, shaped)
@@ -199,7 +199,7 @@ def test_adaptive_coefficients_follow_their_rule_in_ppo(
         _, inner, _ = received.original(reward_model(), ids, 0, n)
         scores = scorer().score_ids(texts, completions, [3, 50]).double() * SIGNS
         by_hand.begin_batch()
-        off = by_hand(scores, WEIGHTS)
+        off = by_hand(scores)
         by_hand.end_batch(scores, inner.detach())
         torch.testing.assert_close(got, inner.detach() - off.float(), rtol=1e-4, atol=1e-4)
         largest = max(largest, float(off.abs().max()))
@@ -392,7 +392,7 @@ def test_other_trainers_receive_inner_reward_minus_penalty(
 
 def test_it_comes_back_from_disk(tmp_path: Path) -> None:
     model = reward_model()
-    penalty = AdaptivePenalty(target=-1.0, gain=0.3)
+    penalty = AdaptivePenalty(target=-1.0, proportional=0.3)
     shaped = ShapedRewardModel(model, scorer(), FLAGS, penalty)
     for _ in range(3):
         scores = torch.rand(4, 2)

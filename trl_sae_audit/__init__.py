@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adaptive_penalty import AdaptivePenalty
     from .audit import audit_preferences, audit_reward_model
     from .audit_result import Audit
     from .callback import FeatureAttributionCallback
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .flags import Flag, FlagSet
     from .guards import GuardCallback, TrainingStopped
     from .margin import shape_preference_margin
-    from .penalties import AdaptivePenalty, FixedPenalty
+    from .penalties import FixedPenalty
     from .realised import realised_change, sampled_change
     from .record import RunRecord
     from .sae import load_dictionary
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdaptivePenalty": "penalties",
+    "AdaptivePenalty": "adaptive_penalty",
     "Audit": "audit_result",
     "AuditError": "errors",
     "FeatureAttributionCallback": "callback",

@@ -81,7 +81,7 @@ def shape_preference_margin(
     shaper = Shaper(scorer, flags, penalty)
     for side in _SIDES:
         column = f"ref_{side}_logps"
-        off = shaper.penalty(_scores(shaper, scorer, dataset, side, tokenizer), shaper.weights)
+        off = shaper.penalty(_scores(shaper, scorer, dataset, side, tokenizer))
         logps = torch.tensor(dataset[column][:], dtype=torch.float64)
         if not bool(logps.isfinite().all()):
             raise AuditError(

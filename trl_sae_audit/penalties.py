@@ -1,4 +1,4 @@
-"""Who sets the coefficient: how scores of flagged features become what is taken off a reward."""
+"""How scores of flagged features become what is taken off a reward: what every penalty shares, and the fixed one."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Penalty(ABC):
         self.decay = decay
         self.batches = 0
         self.keys: list[str] | None = None
+        self.weights = torch.ones(0, dtype=torch.float64)
         self._moments = [0.0, 0.0, 0.0]
         self._pending: list[float] | None = None
 
@@ -47,6 +48,7 @@ class Penalty(ABC):
                 f"{', '.join(keys) or 'none'}; make a new penalty for other flags."
             )
         self.keys = keys
+        self.weights = torch.tensor([flag.weight for flag in flags], dtype=torch.float64)
 
     @property
     def spread(self) -> float:
@@ -61,14 +63,14 @@ class Penalty(ABC):
         if self._pending is None:
             return
         pending, self._pending = _sum_over_processes(self._pending), None
-        count, first, second, *features = pending
+        count, first, second, *shown = pending
         self.batches += 1
         if count == 0:
             return
         self._moments = [
             self.decay * old + new for old, new in zip(self._moments, (count, first, second), strict=True)
         ]
-        self._move([total / count for total in features])
+        self._move(count, first / count, shown)
 
     def end_batch(self, scores: Tensor, rewards: Tensor) -> None:
         """Note what a batch showed; nothing moves until the next one begins.
@@ -78,15 +80,15 @@ class Penalty(ABC):
             rewards: [n], the inner rewards.
         """
         rewards = rewards.double()
-        sums = self._bounded(scores.double()).sum(0)
-        batch = [float(len(rewards)), float(rewards.sum()), float(rewards.square().sum()), *sums.tolist()]
+        batch = [float(len(rewards)), float(rewards.sum()), float(rewards.square().sum())]
+        batch += self._shown(scores.double(), rewards)
         if self._pending is not None:
             batch = [a + b for a, b in zip(self._pending, batch, strict=True)]
         self._pending = batch
 
     @abstractmethod
-    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
-        """What to take off each reward: signed scores [n, k], weights [k] → [n], float64."""
+    def __call__(self, scores: Tensor) -> Tensor:
+        """What to take off each reward: signed scores [n, k] → [n], float64."""
 
     @abstractmethod
     def coefficients(self) -> list[float]:
@@ -126,12 +128,12 @@ class Penalty(ABC):
         self._moments = [float(value) for value in state["moments"]]
         self._pending = None if state["pending"] is None else [float(value) for value in state["pending"]]
 
-    def _bounded(self, scores: Tensor) -> Tensor:
-        return scores
+    def _shown(self, scores: Tensor, rewards: Tensor) -> list[float]:
+        """What a batch shows besides its rewards, as sums over responses; added up over processes."""
+        return []
 
-    @abstractmethod
-    def _move(self, means: list[float]) -> None:
-        """Adjust to a batch whose mean signed scores were `means`."""
+    def _move(self, count: float, mean_reward: float, shown: list[float]) -> None:  # noqa: B027, may do nothing
+        """Adjust to a batch of `count` responses over all processes, with the sums that `_shown` gave."""
 
 
 class FixedPenalty(Penalty):
@@ -191,156 +193,14 @@ class FixedPenalty(Penalty):
         ramp = 1.0 if self.batches >= self.warmup else self.batches / self.warmup
         return [self.coefficient * ramp * self.unit] * len(self.keys or ())
 
-    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor) -> Tensor:
         lambdas = torch.tensor(self.coefficients(), dtype=torch.float64)
-        penalty = scores.double() @ (lambdas * weights.double())
+        penalty = scores.double() @ (lambdas * self.weights)
         return penalty if self.clip is None else penalty.clamp(-self.clip * self.unit, self.clip * self.unit)
-
-    def _move(self, means: list[float]) -> None:
-        """Stays where it is, whatever the scores."""
 
     def settings(self) -> dict[str, Any]:
         names = ("coefficient", "warmup", "clip", "relative", "allow_negative", "decay")
         return {name: getattr(self, name) for name in names}
-
-
-class AdaptivePenalty(Penalty):
-    """A coefficient per feature that sets itself: it rises while the feature is above its target, and falls below.
-
-        p   = σ·Σ_f w_f·λ_f·(clip(s_f, ±score_clip) − τ_f)
-        λ_f ← clip(λ_f + gain·clip(s̄_f − τ_f, ±error_clip), 0, maximum)      after every batch
-
-    `s̄_f` is the batch's mean of the clipped score over all processes, σ the reward's running spread, so that one
-    setting serves rewards of any size. An integral controller: at rest the mean is at its target whatever λ that
-    takes. λ is itself the integral and is held in [0, maximum], so nothing winds up while it is at a bound, and
-    one batch moves it by at most gain·error_clip.
-
-    Args:
-        target: τ. "reference" is the calibration mean, a z-score of 0; or a number; or label → number.
-        gain: how much a batch that is one score unit off moves λ.
-        maximum: largest λ, in units of the reward's spread per score unit.
-        error_clip: largest deviation one batch may report.
-        score_clip: scores beyond count as this much, in penalty and control alike: activations have long tails.
-        decay: of the running spread, per batch.
-
-    Raises:
-        AuditError: for a value that cannot be meant.
-    """
-
-    def __init__(
-        self,
-        target: str | float | Mapping[str, float] = "reference",
-        *,
-        gain: float = 0.1,
-        maximum: float = 5.0,
-        error_clip: float = 1.0,
-        score_clip: float = 4.0,
-        decay: float = 0.99,
-    ) -> None:
-        super().__init__(decay)
-        if isinstance(target, str) and target != "reference":
-            raise AuditError(f"The target is {target!r}; give 'reference', a number, or label → number.")
-        for name, value in (
-            ("gain", gain),
-            ("maximum", maximum),
-            ("error_clip", error_clip),
-            ("score_clip", score_clip),
-        ):
-            if not 0 < value < math.inf:
-                raise AuditError(f"{name} is {value}; it must be a finite number above 0.")
-        self.target = dict(target) if isinstance(target, Mapping) else target
-        self.gain = gain
-        self.maximum = maximum
-        self.error_clip = error_clip
-        self.score_clip = score_clip
-        self._targets: list[float] = []
-        self._integral: list[float] = []
-
-    def bind(self, flags: Sequence[Flag]) -> None:
-        super().bind(flags)
-        self._targets = [self._target_of(flag) for flag in flags]
-        beyond = [target for target in self._targets if abs(target) > self.score_clip]
-        if beyond:
-            raise AuditError(
-                f"Target {beyond[0]} is beyond score_clip={self.score_clip}, so no clipped score can reach it; choose "
-                "a nearer target or a larger score_clip."
-            )
-        if isinstance(self.target, dict):
-            unknown = set(self.target) - {flag.name for flag in flags}
-            if unknown:
-                raise AuditError(
-                    f"There are targets for {', '.join(sorted(map(repr, unknown)))}, which are no labels of the flags; "
-                    f"the flags are {', '.join(repr(flag.name) for flag in flags)}."
-                )
-        self._integral = self._integral or [0.0] * len(flags)
-
-    def coefficients(self) -> list[float]:
-        """λ_f·σ: what one score unit costs in units of the reward."""
-        return [value * self.spread for value in self._integral]
-
-    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
-        lambdas = torch.tensor(self.coefficients(), dtype=torch.float64)
-        targets = torch.tensor(self._targets, dtype=torch.float64)
-        return (self._bounded(scores.double()) - targets) @ (lambdas * weights.double())
-
-    def settings(self) -> dict[str, Any]:
-        names = ("target", "gain", "maximum", "error_clip", "score_clip", "decay")
-        return {name: getattr(self, name) for name in names}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "integral": list(self._integral)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._integral = [float(value) for value in state["integral"]]
-
-    def _bounded(self, scores: Tensor) -> Tensor:
-        return scores.clamp(-self.score_clip, self.score_clip)
-
-    def _move(self, means: list[float]) -> None:
-        for feature, mean in enumerate(means):
-            error = max(-self.error_clip, min(self.error_clip, mean - self._targets[feature]))
-            self._integral[feature] = min(self.maximum, max(0.0, self._integral[feature] + self.gain * error))
-
-    def _target_of(self, flag: Flag) -> float:
-        if isinstance(self.target, dict):
-            if flag.name not in self.target:
-                raise AuditError(f"Flag {flag.name!r} has no target; add one, or pass one number for all.")
-            return float(self.target[flag.name])
-        if isinstance(self.target, str):
-            if flag.direction == "both":
-                raise AuditError(
-                    f"Flag {flag.name!r} has direction 'both', whose score is the distance from the reference, which a "
-                    "sampled policy never holds at 0; pass AdaptivePenalty a number as target, 1.0 say."
-                )
-            return 0.0
-        return float(self.target)
-
-
-def penalty_from_settings(kind: str, settings: Mapping[str, Any]) -> Penalty:
-    """The penalty of that kind and those settings.
-
-    Raises:
-        AuditError: a kind that is not known.
-    """
-    kinds: dict[str, type[FixedPenalty] | type[AdaptivePenalty]] = {
-        "FixedPenalty": FixedPenalty,
-        "AdaptivePenalty": AdaptivePenalty,
-    }
-    if kind not in kinds:
-        raise AuditError(f"The saved penalty is a {kind!r}, which this version does not know; pass penalty=.")
-    return kinds[kind](**settings)
-
-
-def as_penalty(penalty: Penalty | float) -> Penalty:
-    """A number is a FixedPenalty of that coefficient."""
-    if isinstance(penalty, Penalty):
-        return penalty
-    if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
-        return FixedPenalty(float(penalty))
-    raise AuditError(
-        f"The penalty is a {type(penalty).__name__}; pass FixedPenalty(…), AdaptivePenalty(…) or a coefficient."
-    )
 
 
 def _sum_over_processes(values: list[float]) -> list[float]:

@@ -16,15 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
+from .pooling import POOLINGS, pooled
 from .preflight import check_dictionary
 from .residual_stream import hidden_states
+from .tokenized import Ids, Text, check_tokenizer, tokenized
 
-POOLINGS = ("mean", "max", "last")
-_CHUNK_BYTES = 256 * 2**20
 _UNVARYING = 1e-5  # of the mean: rounding, not a difference between texts
-
-Ids = tuple[int, ...]
-Text = str | Sequence[Mapping[str, Any]] | None
 
 
 class FeatureScorer:
@@ -67,7 +64,7 @@ class FeatureScorer:
         tokenizer: PreTrainedTokenizerBase,
         dictionary: FeatureDictionary,
         *,
-        pooling: str = "mean",
+        pooling: str = "max",
         batch_size: int = 16,
         max_length: int = 2048,
         cache_size: int = 65536,
@@ -92,7 +89,7 @@ class FeatureScorer:
         self.calibration_size = 0
         self.mean: Tensor | None = None
         self.deviation: Tensor | None = None
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
         self._cache: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()
         check_tokenizer(tokenizer, self.point.decoder)
 
@@ -132,7 +129,7 @@ class FeatureScorer:
             raise AuditError(
                 f"There are {len(prompts)} prompts and {len(responses)} responses; pass one prompt a response."
             )
-        rows = [self.tokenize(*pair) for pair in zip(prompts, responses, strict=True)]
+        rows = self.tokenize(prompts, responses)
         return self.score_ids([row[0] for row in rows], [row[1] for row in rows], features)
 
     def score_ids(
@@ -154,51 +151,10 @@ class FeatureScorer:
         raw = torch.tensor([known[key] for key in keys], dtype=torch.float32)
         return self.standardise(raw.reshape(len(rows), len(features)), features)
 
-    @torch.no_grad()
     def pool(self, hidden: Tensor, counted: Tensor, features: Tensor | None = None) -> Tensor:
-        """Raw scores from hidden states that someone else has computed.
-
-        Args:
-            hidden: [rows, tokens, d_model] at the dictionary's hook point.
-            counted: [rows, tokens], bool: which tokens are the response's.
-            features: [k]; all features by default.
-
-        Returns:
-            [rows, k or d_sae] float32 on the device of `hidden`; NaN in a row of no counted token.
-
-        Raises:
-            AuditError: a score that is not finite.
-        """
-        dictionary = self.dictionary = self.dictionary.to(hidden.device)
-        if self.pooling == "last":
-            counted = counted & (counted.cumsum(1) == counted.sum(1, keepdim=True))
-        counts = counted.sum(1)
-        rows = counted.nonzero()[:, 0]
-        tokens = hidden[counted]
-        pooled = torch.full(
-            (len(hidden), dictionary.d_sae if features is None else len(features)),
-            -torch.inf if self.pooling == "max" else 0.0,
-            device=hidden.device,
-        )
-        width = max(1, _CHUNK_BYTES // (4 * dictionary.d_sae))
-        for part, of_row in zip(tokens.split(width), rows.split(width), strict=True):
-            activations = dictionary.encode(part)
-            if features is not None:
-                activations = activations[:, features.to(hidden.device)]
-            if self.pooling == "max":
-                index = of_row[:, None].expand_as(activations)
-                pooled.scatter_reduce_(0, index, activations, "amax")
-            else:
-                belongs = of_row[None, :] == torch.arange(len(hidden), device=hidden.device)[:, None]
-                pooled += belongs.to(activations.dtype) @ activations
-        if self.pooling == "mean":
-            pooled /= counts[:, None]
-        if not bool(pooled[counts > 0].isfinite().all()):
-            raise AuditError(
-                "A feature score is not finite: the scorer's model overflowed. Load it in bfloat16 or float32."
-            )
-        pooled[counts == 0] = torch.nan
-        return pooled
+        """Raw scores from hidden states that someone else has computed; see `pooling.pooled`."""
+        self.dictionary = self.dictionary.to(hidden.device)
+        return pooled(self.dictionary, hidden, counted, self.pooling, features)
 
     def standardise(self, raw: Tensor, features: Sequence[int]) -> Tensor:
         """Raw scores [rows, features] as z-scores if calibrated; 0 in rows of no counted token.
@@ -230,7 +186,8 @@ class FeatureScorer:
         Raises:
             AuditError: fewer than two responses with tokens to score.
         """
-        rows = [self.tokenize(*((None, text) if isinstance(text, str) else text)) for text in texts]
+        pairs = [(None, text) if isinstance(text, str) else text for text in texts]
+        rows = self.tokenize([prompt for prompt, _ in pairs], [response for _, response in pairs])
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         total = torch.zeros(self.dictionary.d_sae, dtype=torch.float64)
         squares = torch.zeros_like(total)
@@ -311,56 +268,28 @@ class FeatureScorer:
         self.load_state_dict({**state, "mean": tensors.get("mean"), "deviation": tensors.get("deviation")})
         return self
 
-    # Texts
-
-    def tokenize(self, prompt: Text, response: Text) -> tuple[Ids, Ids]:
-        """Token ids of a prompt and of the response after it, each tokenized on its own.
+    def tokenize(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[tuple[Ids, Ids]]:
+        """Token ids of each prompt and of the response after it, each tokenized on its own.
 
         Raises:
             AuditError: a conversation, and the tokenizer has no chat template.
         """
-        before, after = self._render(prompt, response)
-        return self._ids(before, begins=True), self._ids(after, begins=False)
-
-    def _render(self, prompt: Text, response: Text) -> tuple[str, str]:
-        if not prompt:
-            return "", _plain(response)
-        if isinstance(prompt, str):
-            return prompt, _plain(response)
-        if self.tokenizer.chat_template is None:
-            raise AuditError(
-                "The prompt is a conversation, but the scorer's tokenizer has no chat template; pass the tokenizer of a "
-                "chat model, or plain text."
-            )
-        messages = [dict(message) for message in prompt]
-        before = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else response or []
-        whole = str(self.tokenizer.apply_chat_template([*messages, *answer], tokenize=False))
-        return before, whole[len(before) :] if whole.startswith(before) else _plain(response)
-
-    def _ids(self, text: str, *, begins: bool) -> Ids:
-        bos = self.tokenizer.bos_token
-        special = begins and not (bos is not None and text.startswith(str(bos)))
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        if special and ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return tuple(ids)
+        return tokenized(self.tokenizer, prompts, responses)
 
     # The forward pass
 
     @torch.no_grad()
     def _read(self, rows: Sequence[tuple[Ids, Ids]], features: Tensor | None) -> Tensor:
         """Raw scores [rows, features] on the CPU, NaN in a row with nothing to score."""
-        cut = [(prompt + response)[-self.max_length :] for prompt, response in rows]
-        longest = max(1, *map(len, cut))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        attended = torch.zeros_like(ids)
-        counted = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (tokens, (_, response)) in enumerate(zip(cut, rows, strict=True)):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            attended[row, : max(1, len(tokens))] = 1
-            for place in range(max(1, len(tokens) - len(response)), len(tokens)):
-                counted[row, place] = tokens[place] not in self._special
+        cut = [(prompt + response)[-self.max_length :] or (0,) for prompt, response in rows]
+        longest = max(map(len, cut))
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in cut])
+        lengths = torch.tensor([len(tokens) for tokens in cut])[:, None]
+        responses = torch.tensor([len(response) for _, response in rows])[:, None]
+        place = torch.arange(longest)
+        attended = (place < lengths).long()
+        counted = (place >= (lengths - responses).clamp_min(1)) & (place < lengths)
+        counted &= ~torch.isin(ids, self._special)
         hidden = hidden_states(self.point, {"input_ids": ids, "attention_mask": attended})
         return self.pool(hidden, counted.to(hidden.device), features).cpu()
 
@@ -385,23 +314,3 @@ class FeatureScorer:
 
 def _key(row: tuple[Ids, Ids], features: Sequence[int]) -> bytes:
     return hashlib.sha256(repr((*row, tuple(features))).encode()).digest()
-
-
-def _plain(response: Text) -> str:
-    if isinstance(response, str) or response is None:
-        return response or ""
-    return "".join(str(message.get("content") or "") for message in response)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: nn.Module) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds.
-
-    Raises:
-        AuditError: if so.
-    """
-    embeddings = decoder.get_input_embeddings()  # type: ignore[operator]
-    if len(tokenizer) > embeddings.num_embeddings:
-        raise AuditError(
-            f"The tokenizer has {len(tokenizer)} tokens but {type(decoder).__name__} embeds "
-            f"{embeddings.num_embeddings}: it is another model's. Pass the tokenizer of the scorer's model."
-        )

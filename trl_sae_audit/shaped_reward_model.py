@@ -23,11 +23,12 @@ from transformers import (
 from .errors import AuditError
 from .flags import Flag, FlagSet
 from .log_once import NextLog
-from .penalties import Penalty, penalty_from_settings
+from .penalties import Penalty
 from .rollout import text_rollout, token_rollout
-from .scorer import FeatureScorer, check_tokenizer
+from .scorer import FeatureScorer
 from .shaped_reward import model_as_function, name_of
-from .shaping import Shaper, checked_rewards
+from .shaping import Shaper, checked_rewards, penalty_from_settings
+from .tokenized import check_tokenizer
 
 VERSION = 1
 _SHAPING, _FLAGS, _CALIBRATION, _REWARD = (
@@ -345,8 +346,7 @@ class ShapedRewardModel(nn.Module):
         assert scorer is not None
         attended = attention_mask.bool()
         counted = torch.zeros_like(attended)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            before, after = scorer.tokenize(prompt, completion)
+        for row, (before, after) in enumerate(scorer.tokenize(prompts, completions)):
             if input_ids[row][attended[row]].tolist() != [*before, *after] or len(before) == 0:
                 return None
             counted[row] = attended[row] & (attended[row].cumsum(0) > len(before))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from .adaptive_penalty import AdaptivePenalty
 from .errors import AuditError
 from .flags import Flag, FlagSet
-from .penalties import AdaptivePenalty, Penalty, as_penalty
+from .penalties import FixedPenalty, Penalty
 from .rollout import is_trained
 from .scorer import FeatureScorer
 
@@ -51,7 +52,6 @@ class Shaper:
             )
         self.features = [flag.feature for flag in own]
         self.names = distinct_names(own)
-        self.weights = torch.tensor([flag.weight for flag in own], dtype=torch.float64)
         self.penalty.bind(own)
         self._check_calibration()
         self._trainers_seen: set[int] = set()
@@ -97,7 +97,7 @@ class Shaper:
             scores: signed, [n, flags].
             rewards: the inner ones; None where the function does not judge.
         """
-        off = self.penalty(scores, self.weights)
+        off = self.penalty(scores)
         judged = [index for index, reward in enumerate(rewards) if reward is not None]
         values = torch.tensor([rewards[index] for index in judged], dtype=torch.float64)
         if learning:
@@ -198,3 +198,29 @@ def distinct_names(flags: Sequence[Flag]) -> list[str]:
         f"{name} ({flag.feature})" if names.count(name) > 1 else name
         for name, flag in zip(names, flags, strict=True)
     ]
+
+
+def as_penalty(penalty: Penalty | float) -> Penalty:
+    """A number is a FixedPenalty of that coefficient."""
+    if isinstance(penalty, Penalty):
+        return penalty
+    if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
+        return FixedPenalty(float(penalty))
+    raise AuditError(
+        f"The penalty is a {type(penalty).__name__}; pass FixedPenalty(…), AdaptivePenalty(…) or a coefficient."
+    )
+
+
+def penalty_from_settings(kind: str, settings: Mapping[str, Any]) -> Penalty:
+    """The penalty of that kind and those settings.
+
+    Raises:
+        AuditError: a kind that is not known.
+    """
+    kinds: dict[str, type[FixedPenalty] | type[AdaptivePenalty]] = {
+        "FixedPenalty": FixedPenalty,
+        "AdaptivePenalty": AdaptivePenalty,
+    }
+    if kind not in kinds:
+        raise AuditError(f"The saved penalty is a {kind!r}, which this version does not know; pass penalty=.")
+    return kinds[kind](**settings)
