@@ -205,7 +205,7 @@ def lookahead(options: argparse.Namespace) -> None:
         },
         options.rounds,
     )
-    print(f"{len(examples)} pairs, probe of {len(probe)}, derivative: {looking.method}")
+    print(f"{len(examples)} pairs, probe of {len(probe)}, derivative: {looking.directional.method}")
     for name, seconds in times.items():
         print(f"{name:24s} {seconds:8.1f} s  {seconds / times['epoch']:.2f} of one epoch")
 

@@ -160,9 +160,17 @@ def test_lookahead_influence_and_evidence(world, tmp_path, capsys):
         "1e-4",
         "--influence",
         str(flags),
+        *("--lookahead_samples", "2", "--max_new_tokens", "6", "--train_batch_size", "4"),
     ]
     assert main([*audit_command(world, out), *asked]) == 0
-    assert Audit.load(out).features()["predicted_change"].abs().max() > 0
+    shown = capsys.readouterr().out
+    features = Audit.load(out).features()
+    assert features["predicted_change"].abs().max() > 0
+    written = features.set_index("feature")["predicted_sampled_change"].abs()
+    assert written.max() > 0
+    rows = shown[shown.index("writes") :].splitlines()[2:]
+    assert rows[0].split()[0] == str(written.idxmax())
+    assert max(map(len, rows[:10])) <= 80
     filtered = ["filter", "--dataset", str(world / "pairs.jsonl"), "--audit", str(out), "--flags", str(flags)]
     filtered += ["--score", '{"influence": 1, "attribution": 0.5}', "--quantile", "0.8"]
     assert main([*filtered, "--output_dir", str(tmp_path / "out")]) == 0

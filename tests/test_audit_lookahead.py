@@ -9,6 +9,7 @@ from trl import DPOConfig
 from worlds import make_dictionary, make_model, make_tokenizer, pairs
 
 from trl_sae_audit import Audit, AuditError, Flag, FlagSet, audit_preferences, filter_preferences
+from trl_sae_audit.sampling import Sampling
 from trl_sae_audit.update_rule import UpdateRule
 
 FLAGS = FlagSet([Flag("tiny", 3, "a"), Flag("tiny", 40, "b")])
@@ -105,16 +106,42 @@ def test_the_filter_can_use_influence(world):
     )
 
 
-def test_the_default_step_is_the_trainers_first(tmp_path, world):
+def test_the_default_step_is_the_trainers_usual_one(tmp_path, world):
     args = DPOConfig(
-        str(tmp_path), learning_rate=2e-4, weight_decay=0.3, bf16=False, report_to="none", use_cpu=True
+        str(tmp_path),
+        learning_rate=2e-4,
+        weight_decay=0.3,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        bf16=False,
+        report_to="none",
+        use_cpu=True,
     )
     audit = looked_ahead(world, pairs(4), args=args, optimizer=None)
     rule = audit._lookahead.rule
     assert (rule.kind, rule.learning_rate, rule.weight_decay, rule.max_grad_norm) == ("adamw", 2e-4, 0.3, 1.0)
+    assert rule.batch_size == 6
     args = DPOConfig(str(tmp_path), optim="adafactor", bf16=False, report_to="none", use_cpu=True)
     with pytest.raises(AuditError, match="adafactor"):
         looked_ahead(world, pairs(4), args=args, optimizer=None)
+
+
+def test_what_the_model_would_write(world, tmp_path):
+    audit = looked_ahead(world, pairs(6), tmp_path / "audit", sampling=Sampling(3, max_new_tokens=5))
+    change = audit.features().set_index("feature")["predicted_sampled_change"]
+    assert change.abs().max() > 0
+    assert Audit.load(tmp_path / "audit").features().equals(audit.features())
+    other = looked_ahead(world, pairs(6), tmp_path / "audit", sampling=Sampling(3, max_new_tokens=5, seed=1))
+    assert not other.features().set_index("feature")["predicted_sampled_change"].equals(change)
+    without = looked_ahead(world, pairs(6), tmp_path / "audit")
+    assert "predicted_sampled_change" not in without.features()
+    with pytest.raises(AuditError, match="sampled at temperature 1"):
+        looked_ahead(world, pairs(6), sampling=Sampling(3, temperature=0.5))
+    rows = [{"chosen": "w1 w2 w3", "rejected": "w1 w2 w4"}]
+    with pytest.raises(AuditError, match="has no 'prompt' to sample"):
+        looked_ahead(world, pairs(6), sampling=Sampling(3), lookahead=rows)
+    with pytest.raises(AuditError, match="is for a lookahead"):
+        looked_ahead(world, pairs(6), sampling=Sampling(3), lookahead=None)
 
 
 def test_a_bad_probe_is_named(world):

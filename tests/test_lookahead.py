@@ -17,6 +17,7 @@ from trl_sae_audit.hook_points import resolve_hook_point
 from trl_sae_audit.lookahead import Lookahead
 from trl_sae_audit.objectives import PreferenceLoss
 from trl_sae_audit.sae import SaeLensEncoder
+from trl_sae_audit.sampling import Sampling, answer_batches, sample_ids
 from trl_sae_audit.update_rule import UpdateRule
 
 HOOK = "transformer.h.1"
@@ -91,10 +92,11 @@ def look(model, tokenizer, dictionary, rule, reference=None, method="auto", n=6)
     )
 
 
-def mean_loss(model, tokenizer, reference, n=6):
+def mean_loss(model, tokenizer, reference, n=6, rows=slice(None)):
     """DPO's sigmoid loss written out, in float64."""
     loss = PreferenceLoss(tokenizer)
-    batch = loss.collate(loss.tokenize(list(enumerate(pairs(n)))))
+    examples = loss.tokenize(list(enumerate(pairs(n))))[rows]
+    batch, n = loss.collate(examples), len(examples)
 
     def sums(policy):
         logits = policy(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -238,6 +240,129 @@ def test_change_along_and_after_any_step(tokenizer):
     )
 
 
+def test_the_usual_step_is_the_mean_of_a_real_optimizers_steps(tokenizer):
+    """A real AdamW goes round and round three batches, at a learning rate that leaves the gradients as they are."""
+    model = make_gpt2(tokenizer)
+    reference = make_gpt2(tokenizer, seed=6)
+    rule = UpdateRule("adamw", 1e-9, weight_decay=0.1, max_grad_norm=None, batch_size=2)
+    step = look(model, tokenizer, directions(), rule, reference).step()
+    moved = copy.deepcopy(model)
+    parameters = list(moved.parameters())
+    gradients = []
+    for start in (0, 2, 4):
+        moved.zero_grad()
+        mean_loss(moved, tokenizer, reference, rows=slice(start, start + 2)).backward()
+        gradients.append([value.grad.clone() for value in parameters])
+    decayed = [value for value in parameters if value.ndim > 1]
+    rest = [value for value in parameters if value.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-9
+    )
+    for turn in range(400):
+        if turn == 399:
+            before = {name: value.detach().clone() for name, value in moved.named_parameters()}
+        for batch in gradients:
+            for value, gradient in zip(parameters, batch, strict=True):
+                value.grad = gradient.clone()
+            optimizer.step()
+    real = {name: (value.detach() - before[name]) / 3 for name, value in moved.named_parameters()}
+    one, other = (
+        torch.cat([step[name].flatten() for name in real]),
+        torch.cat([*map(torch.ravel, real.values())]),
+    )
+    assert float((one - other).norm() / other.norm()) < 0.02
+    first = look(model, tokenizer, directions(), UpdateRule("adamw", 1e-9), reference).step()
+    assert float((torch.cat([first[name].flatten() for name in real]) - other).norm() / other.norm()) > 0.3
+
+
+def test_pieces_of_batches_do_not_matter(tokenizer):
+    model, rule = make_gpt2(tokenizer), UpdateRule("adamw", 1e-3, batch_size=3)
+    lookahead, again = (look(model, tokenizer, directions(), rule) for _ in range(2))
+    examples = [example for batch in again.examples() for example in batch]
+    again.examples = lambda: [examples[:1], examples[1:]]
+    for name, value in lookahead.step().items():
+        torch.testing.assert_close(value, again.step()[name], rtol=1e-9, atol=1e-9)
+    change = lookahead.predicted_change()
+    influence, offset = lookahead.influence(3)
+    assert float(influence.sum()) + offset == pytest.approx(float(change[3]), rel=1e-6)
+
+
+def answers_of(model, tokenizer, prompts, n, length):
+    sampled = sample_ids(model, tokenizer, prompts, Sampling(n, length), batch_size=512)
+    pairs_of_ids = [
+        (prompt, answer) for prompt, found in zip(prompts, sampled, strict=True) for answer in found
+    ]
+    return [batch for _, batch in answer_batches(tokenizer, pairs_of_ids, 512)]
+
+
+PROMPTS = [[5, 9, 12], [7, 30]]
+
+
+def test_sampled_change_is_the_derivative_of_importance_weighting(tokenizer):
+    """Independently: the same answers weighted by how much likelier a moved model finds them, up to each token."""
+    model, dictionary = make_gpt2(tokenizer), directions()
+    lookahead = look(model, tokenizer, dictionary, RULES["adamw"])
+    batches = answers_of(model, tokenizer, PROMPTS, 20, 4)
+    found = lookahead.predicted_sampled_change(lambda: batches)
+    step = lookahead.step()
+
+    def log_probs(policy, ids):
+        with torch.no_grad():
+            return policy(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+    def weighted_mean(policy):
+        numerator, denominator = 0.0, 0.0
+        for batch in batches:
+            for ids, counted in zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True):
+                ids, counted = (
+                    ids[None, : int(counted.nonzero().max()) + 1],
+                    counted[: int(counted.nonzero().max()) + 1],
+                )
+                ratio = log_probs(policy, ids) - log_probs(model, ids)
+                weights = (ratio[0] * counted[1:]).cumsum(0)[counted[1:]].exp()
+                with torch.no_grad():
+                    states = model(ids, output_hidden_states=True).hidden_states[2][0, counted]
+                numerator = numerator + weights @ (states @ dictionary.directions.T)
+                denominator = denominator + weights.sum()
+        return numerator / denominator
+
+    h = 1e-3
+    expected = (weighted_mean(moved_by(model, step, h)) - weighted_mean(moved_by(model, step, -h))) / (2 * h)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_sampled_change_is_that_of_the_exact_expectation(tokenizer):
+    """Every answer of two tokens, each with its probability, before and after a step: no sampling at all."""
+    model, dictionary = make_gpt2(tokenizer), directions()
+    lookahead = look(model, tokenizer, dictionary, UpdateRule("sgd", 1e-2, max_grad_norm=None))
+    step, vocabulary = lookahead.step(), len(tokenizer)
+    second = torch.arange(vocabulary)
+
+    @torch.no_grad()
+    def expectation(policy):
+        activity, tokens = 0.0, 0.0
+        for prompt in PROMPTS:
+            first = policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+            for token, chance in enumerate(first):
+                begun = torch.tensor([[*prompt, token]])
+                states = model(begun, output_hidden_states=True).hidden_states[2][0, -1]
+                activity, tokens = activity + chance * (states @ dictionary.directions.T), tokens + chance
+                if token == tokenizer.eos_token_id:
+                    continue
+                then = chance * policy(begun).logits[0, -1].softmax(-1)
+                both = torch.cat([begun.expand(vocabulary, -1), second[:, None]], dim=1)
+                states = model(both, output_hidden_states=True).hidden_states[2][:, -1]
+                activity, tokens = activity + then @ (states @ dictionary.directions.T), tokens + then.sum()
+        return activity / tokens
+
+    h = 1e-3
+    expected = (expectation(moved_by(model, step, h)) - expectation(moved_by(model, step, -h))) / (2 * h)
+    batches = answers_of(model, tokenizer, PROMPTS, 5000, 2)
+    found = lookahead.predicted_sampled_change(lambda: batches)
+    assert float((found - expected).norm() / expected.norm()) < 0.15
+    assert np.corrcoef(found, expected)[0, 1] > 0.98
+
+
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_the_next_step_of_a_running_optimizer(tokenizer, kind):
     model = make_gpt2(tokenizer)
@@ -277,9 +402,9 @@ def test_finite_differences_are_close_where_forward_derivatives_are_not_to_be_ha
     def unsupported(function, direction):
         raise NotImplementedError("Trying to use forward AD with an operation that does not support it")
 
-    monkeypatch.setattr(lookahead, "_forward_derivative", unsupported)
+    monkeypatch.setattr(lookahead.directional, "_forward", unsupported)
     found = lookahead.predicted_change()
-    assert lookahead.method == "finite_difference"
+    assert lookahead.directional.method == "finite_difference"
     np.testing.assert_allclose(found.numpy(), exact.numpy(), atol=float(exact.abs().max()) * 1e-4)
     single = look(
         copy.deepcopy(model).float(),

@@ -17,7 +17,8 @@ from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .objectives import PreferenceLoss
 from .preferences import PairCheck, Source
-from .rewards import AnswerCheck, PolicyGradientLoss, Reward, RewardLoss, Sampling, rewarded_answers
+from .rewards import AnswerCheck, PolicyGradientLoss, Reward, RewardLoss, rewarded_answers
+from .sampling import Sampling
 from .update_rule import UpdateRule
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def audit_preferences(
             `-A_i · log π(answer_i)`, the advantage A_i being the reward less the mean over the prompt's answers.
         reward: for "policy_gradient": `reward(prompts=…, completions=…, **columns)` → one number each, as TRL's
             trainers call it, or a sequence-classification model. Sides are then reinforced and suppressed.
-        sampling: for "policy_gradient", how to sample answers where the dataset has prompts but no "completion".
+        sampling: for "policy_gradient", how to sample answers where the dataset has prompts but no "completion". For
+            "dpo" with a lookahead: also sample answers at the probe's prompts, and predict how a step changes each
+            feature's mean activation on the answers the model gives: what it would write, not how it reads.
         args: the DPOConfig of the run to come: loss type, beta, max_length …; TRL's defaults if None.
         ref_model: the reference model; by default the policy itself, as in TRL at the first step, which costs nothing.
         output_dir: where the audit is written, part by part; begun again with the same arguments it goes on where
@@ -72,7 +75,7 @@ def audit_preferences(
         lookahead: held-out pairs as a probe: also predict how one optimizer step on the whole dataset changes each
             feature's mean activation on their answers. A second, dearer pass: parameter gradients of the dataset.
         optimizer: whose step; an `UpdateRule`, or a running `torch.optim.AdamW` or `SGD` over the model's parameters;
-            by default the first step of a trainer with `args`.
+            by default the usual step of a trainer with `args`.
         seed: of the random flips and splits of the statistics.
         progress: show a bar.
 
@@ -107,12 +110,17 @@ def audit_preferences(
     loss = PreferenceLoss(tokenizer, args)
     run = AuditRun(model, dictionary, loss, reference=ref_model, settings=settings, progress=progress)
     audit = run.over(dataset, PairCheck(), output_dir)
+    if lookahead is None and sampling is not None:
+        raise AuditError(
+            "sampling= is for a lookahead; pass lookahead= with held-out pairs, or leave it out."
+        )
     if lookahead is not None:
         if PartialState().num_processes > 1:
             raise AuditError(
                 "The lookahead runs in one process; run the audit again in one: its parts are kept."
             )
-        run.look_ahead(audit, dataset, lookahead, _update_rule(optimizer, model, loss.trainer.args))
+        rule = _update_rule(optimizer, model, loss.trainer.args)
+        run.look_ahead(audit, dataset, lookahead, rule, sampling, tokenizer)
     return audit
 
 

@@ -18,10 +18,11 @@ from .errors import AuditError
 from .flags import Flag
 
 if TYPE_CHECKING:
-    from .lookahead import Lookahead
+    from .lookahead import AnswerBatches, Lookahead
 
 _FEATURES = "features.parquet"
 _LOOKAHEAD, _INFLUENCE = "lookahead.safetensors", "influence.safetensors"
+_SAMPLED = "predicted_sampled_change"
 _SIDE_COLUMNS = ("", "_active")
 
 
@@ -102,8 +103,9 @@ class Audit:
         at equal length (least squares). With an encoder also: activation_attribution, `-Σ a_f⟨g, ∂h/∂a_f⟩`; the
         share of answers of each side in which the feature is active, their difference (disparity) with its p_value,
         mean_activation_difference and max_activation_difference, active_examples. After a lookahead:
-        predicted_change, of the mean activation on the probe by one optimizer step on this data, and
-        probe_activation, what that mean is before.
+        predicted_change, of the mean activation on the probe by one optimizer step on this data,
+        probe_activation, what that mean is before, and, where answers were sampled, predicted_sampled_change, of the mean
+        activation on the answers that the model gives.
         """
         if self._frame is None:
             self._frame = self._cached_features()
@@ -113,6 +115,8 @@ class Audit:
             arrays, _ = self._store.read_arrays(_LOOKAHEAD)
             frame["predicted_change"] = arrays["predicted_change"][order]
             frame["probe_activation"] = arrays["probe_activation"][order]
+            if _SAMPLED in arrays:
+                frame[_SAMPLED] = arrays[_SAMPLED][order]
         return frame
 
     def contributions(self, features: Sequence[int]) -> np.ndarray:
@@ -206,8 +210,13 @@ class Audit:
             )
         return {str(feature): self._lookahead.influence(feature)[0].double().numpy() for feature in features}
 
-    def look_ahead(self, lookahead: Lookahead, description: dict[str, Any]) -> None:
-        """Compute and keep every feature's predicted change, unless this very lookahead was kept before."""
+    def look_ahead(
+        self, lookahead: Lookahead, description: dict[str, Any], answers: AnswerBatches | None = None
+    ) -> None:
+        """Compute and keep every feature's predicted change, unless this very lookahead was kept before.
+
+        With `answers` that the model sampled, also the predicted change of what it writes.
+        """
         self._lookahead = lookahead
         if self._store.has(_LOOKAHEAD) and self._store.read_arrays(_LOOKAHEAD)[1] == description:
             return
@@ -216,6 +225,8 @@ class Audit:
             "probe_activation": before.cpu().double().numpy(),
             "predicted_change": change.cpu().double().numpy(),
         }
+        if answers is not None:
+            arrays[_SAMPLED] = lookahead.predicted_sampled_change(answers).cpu().numpy()
         self._store.write_arrays(_LOOKAHEAD, arrays, description)
         self._store.remove(_INFLUENCE)
 

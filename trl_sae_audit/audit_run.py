@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .audit_pass import AuditPass
 from .audit_result import Audit
@@ -30,7 +30,8 @@ from .lookahead import Lookahead
 from .objectives import Loss, TokenizedExample
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
 from .preflight import check_dictionary, model_name
-from .rewards import AnswerCheck
+from .rewards import AnswerCheck, answer_ids
+from .sampling import Sampling, answer_batches, sample_ids
 from .update_rule import UpdateRule
 
 logger = logging.getLogger(__name__)
@@ -104,16 +105,29 @@ class AuditRun:
         _warn(audit)
         return audit
 
-    def look_ahead(self, audit: Audit, dataset: Source, probe: Source, rule: UpdateRule) -> None:
-        """Add a lookahead to the finished audit of `dataset`."""
+    def look_ahead(
+        self,
+        audit: Audit,
+        dataset: Source,
+        probe: Source,
+        rule: UpdateRule,
+        sampling: Sampling | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Add a lookahead to the finished audit of `dataset`; with `sampling`, also to what the model would write."""
         rows = list(iterate_rows(probe))
         check = PairCheck()
         for row in rows:
             problem = check(row)
             if problem:
                 raise AuditError(f"Row {row.index} of the lookahead's probe {problem}; correct or remove it.")
+        if sampling is not None:
+            _check_sampling(sampling, rows)
         held_out = self.loss.tokenize([(row.index, row.columns) for row in rows if row.columns is not None])
-        description = rule.describe() | {"probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest()}
+        description = rule.describe() | {
+            "probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest(),
+            "sampling": None if sampling is None else asdict(sampling),
+        }
         lookahead = Lookahead(
             self.model,
             self._point,
@@ -124,7 +138,27 @@ class AuditRun:
             lambda: batched(held_out, self.settings.batch_size),
             reference=self._reference,
         )
-        audit.look_ahead(lookahead, description)
+        audit.look_ahead(
+            lookahead,
+            description,
+            None if sampling is None else lambda: self._sampled(rows, sampling, tokenizer),
+        )
+
+    def _sampled(
+        self, rows: Sequence[Row], sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Answers of the model itself at the prompts of some rows, in batches."""
+        prompts = [answer_ids(tokenizer, (row.columns or {})["prompt"], "")[0] for row in rows]
+        size = self.settings.batch_size
+        answers = sample_ids(
+            self.model, tokenizer, prompts, sampling, batch_size=size, progress=self.progress
+        )
+        pairs = [
+            (prompt, answer) for prompt, several in zip(prompts, answers, strict=True) for answer in several
+        ]
+        device = next(self._point.decoder.parameters()).device
+        for _, batch in answer_batches(tokenizer, pairs, size):
+            yield {name: value.to(device) for name, value in batch.items()}
 
     def _audited_batches(self, audit: Audit, dataset: Source) -> Iterator[Sequence[TokenizedExample]]:
         audited = set(audit.rows().tolist())
@@ -259,6 +293,19 @@ class AuditRun:
             },
             "versions": {name: version(name) for name in ("trl-sae-audit", "trl", "transformers", "torch")},
         }
+
+
+def _check_sampling(sampling: Sampling, probe: Sequence[Row]) -> None:
+    if sampling.temperature != 1:
+        raise AuditError(
+            f"The temperature is {sampling.temperature}; a lookahead to sampled answers needs them sampled at temperature 1."
+        )
+    for row in probe:
+        if not (row.columns or {}).get("prompt"):
+            raise AuditError(
+                f"Row {row.index} of the lookahead's probe has no 'prompt' to sample answers at; add prompts, or leave "
+                "sampling= out."
+            )
 
 
 def context_length(model: nn.Module) -> int | None:

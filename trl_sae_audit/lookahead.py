@@ -13,28 +13,72 @@ follow from those. Three quantities, to first order in the step Δθ:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .audit_pass import Reference, last_hidden_state
 from .dictionary import FeatureDictionary
+from .directional import Directional
 from .errors import AuditError
 from .hook_points import HookPoint
 from .language_head import LanguageHead
 from .objectives import Loss, TokenizedExample
 from .residual_stream import evaluation_mode, stopped_at
-from .update_rule import AffineUpdate, Tensors, UpdateRule
+from .update_rule import AffineUpdate, BatchMoments, Tensors, UpdateRule
 
 Batches = Callable[[], Iterable[Sequence[TokenizedExample]]]
 """The examples, batch by batch, as often as asked."""
 
-METHODS = ("auto", "forward", "finite_difference")
+AnswerBatches = Callable[[], Iterable[Mapping[str, Tensor]]]
+"""Padded `input_ids`, `attention_mask`, `completion_mask` [rows, tokens] of answers, batch by batch, as often as asked."""
+
+
+class _MomentsOfBatches:
+    """The second moment of the gradients of the run's batches, in the order of the data; a last, short one is left out
+    where there is a full one."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self._rule = rule
+        self._size = rule.batch_size or 1
+        self._sum: dict[str, Tensor] = {}
+        self._filled = 0
+        self._squares: dict[str, Tensor] = {}
+        self._clips: list[float] = []
+
+    def cut(self, examples: Sequence[TokenizedExample]) -> Iterator[Sequence[TokenizedExample]]:
+        """The examples in pieces, none of which belongs to two batches."""
+        start = 0
+        while start < len(examples):
+            stop = min(len(examples), start + self._size - self._filled)
+            yield examples[start:stop]
+            start = stop
+
+    def add(self, summed: Mapping[str, Tensor], count: int) -> None:
+        """The summed gradient of a piece."""
+        _accumulate(self._sum, summed, list(summed.values()))
+        self._filled += count
+        if self._filled == self._size:
+            self._close()
+
+    def result(self, mean: Mapping[str, Tensor]) -> BatchMoments:
+        if not self._clips:
+            self._close()
+        n = len(self._clips)
+        second = {
+            name: self._squares[name] / n if name in self._squares else torch.zeros_like(value)
+            for name, value in mean.items()
+        }
+        return BatchMoments(second, sum(self._clips) / n)
+
+    def _close(self) -> None:
+        gradient = {name: value / self._filled for name, value in self._sum.items()}
+        clip = self._rule.clip(gradient)
+        squares = {name: (clip * value).square() for name, value in gradient.items()}
+        _accumulate(self._squares, squares, list(squares.values()))
+        self._clips.append(clip)
+        self._sum, self._filled = {}, 0
 
 
 class Lookahead:
@@ -49,8 +93,7 @@ class Lookahead:
         rule: the optimizer's next step.
         examples: what the step would be taken on.
         probe: held-out examples on whose answer tokens activations are looked at.
-        method: "forward" differentiates forward, exact; "finite_difference" takes central differences along the
-            step, for models with an operation that has no forward derivative; "auto" falls back to it.
+        method: how to differentiate along the step, see `Directional`.
 
     Raises:
         AuditError: nothing is trainable; no examples; no probe.
@@ -69,8 +112,6 @@ class Lookahead:
         reference: nn.Module | None = None,
         method: str = "auto",
     ) -> None:
-        if method not in METHODS:
-            raise AuditError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise AuditError(
@@ -83,7 +124,7 @@ class Lookahead:
         self.rule = rule
         self.examples = examples
         self.probe = probe
-        self.method = method
+        self.directional = Directional(model, self.parameters, method)
         self._encode = differentiable_encoder(dictionary)
         self._head = LanguageHead(model, point.decoder)
         self._reference = None if reference is None else Reference(reference)
@@ -96,25 +137,31 @@ class Lookahead:
     def update(self) -> AffineUpdate:
         """The optimizer's step on all examples, computed once: a forward and a backward pass over them."""
         if self._update is None:
-            self._gradient, self._n = self._mean_gradient()
-            self._update = self.rule.affine(self._gradient, self.parameters)
+            self._gradient, self._n, batches = self._mean_gradient()
+            self._update = self.rule.affine(self._gradient, self.parameters, batches)
         return self._update
 
     def step(self) -> Tensors:
         """Δθ by parameter."""
         return self.update().step(self._gradient)
 
-    def _mean_gradient(self) -> tuple[Tensors, int]:
+    def _mean_gradient(self) -> tuple[Tensors, int, BatchMoments | None]:
         sums = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        moments = _MomentsOfBatches(self.rule) if self.rule.wants_batches else None
         count = 0
         with evaluation_mode(self.model), torch.enable_grad():
             for examples in self.examples():
-                count += len(examples)
-                for name, value in self._gradient_of(self._batch(examples)).items():
-                    sums[name] += value
+                for part in [examples] if moments is None else moments.cut(examples):
+                    found = self._gradient_of(self._batch(part))
+                    count += len(part)
+                    for name, value in found.items():
+                        sums[name] += value
+                    if moments is not None:
+                        moments.add(found, len(part))
         if not count:
             raise AuditError("There is no example to take a step on; give at least one.")
-        return {name: value / count for name, value in sums.items()}, count
+        mean = {name: value / count for name, value in sums.items()}
+        return mean, count, None if moments is None else moments.result(mean)
 
     def _gradient_of(self, batch: Mapping[str, Tensor]) -> Tensors:
         """∇θ Σ_i L_i of a batch; logits a chunk at a time, so that none outlives its chunk."""
@@ -165,7 +212,42 @@ class Lookahead:
     def change_along(self, step: Tensors) -> Tensor:
         """⟨∇_θ ā_f, Δθ⟩ of every feature for another step Δθ, by parameter: [d_sae]."""
         with torch.no_grad(), evaluation_mode(self.model):
-            return self._derivative(self._mean_activations, step)
+            return self.directional.derivative(self._mean_activations, step)
+
+    def predicted_sampled_change(self, answers: AnswerBatches) -> Tensor:
+        """What the step does to ā_f over answers that the model samples, read by the model as it is: [d_sae].
+
+        A step changes which answers are given. With `C_t = Σ_{s≤t} ⟨∇ log π(y_s | y_<s), Δθ⟩` for an answer y,
+
+            d E_π[Σ_t a_f[t]] = E_π[Σ_t a_f[t]·C_t],
+
+        the likelihood-ratio estimate (Williams 1992) with what comes before a token left out, as it cannot depend on
+        the token; and likewise of the number of tokens T, so that `d ā_f = E[Σ_t (a_f[t] − ā_f)·C_t] / E[T]`.
+
+        Args:
+            answers: sampled from the model as it is, at temperature 1, with `completion_mask` on the answers' tokens.
+        """
+        step = self.step()
+        d_sae, device = self.dictionary.d_sae, self.dictionary.device
+        weighted, total = (torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(2))
+        weight, tokens = 0.0, 0
+        with torch.no_grad(), evaluation_mode(self.model):
+            for batch in answers():
+                predicted = batch["completion_mask"][:, 1:].bool()
+                self._current = batch, predicted, batch["input_ids"][:, 1:][predicted]
+                change = self.directional.derivative(self._log_probs, step).double()
+                so_far = torch.zeros(predicted.shape, dtype=change.dtype, device=change.device)
+                so_far = so_far.masked_scatter(predicted, change).cumsum(1)[predicted]
+                states = self._probe_states(batch)
+                width = max(1, 64 * 2**20 // (4 * d_sae))
+                for part, given in zip(states.split(width), so_far.split(width), strict=True):
+                    activations = self._encode(part).double()
+                    weighted += given @ activations
+                    total += activations.sum(0)
+                weight, tokens = weight + float(so_far.sum()), tokens + len(so_far)
+        if not tokens:
+            raise AuditError("There are no sampled answers to look ahead with; give prompts to sample at.")
+        return (weighted - total / tokens * weight) / tokens
 
     def change_after(self, step: Tensors) -> Tensor:
         """ā_f(θ + Δθ) − ā_f(θ) of every feature, not to first order but as it is: [d_sae]."""
@@ -188,7 +270,7 @@ class Lookahead:
                 batch = self._batch(examples)
                 predicted, targets, weights = self._weights(batch)
                 self._current = batch, predicted, targets
-                change = self._derivative(self._log_probs, direction) * weights
+                change = self.directional.derivative(self._log_probs, direction) * weights
                 rows = torch.zeros(predicted.shape, dtype=change.dtype, device=change.device)
                 rows[predicted] = change
                 parts.append(rows.sum(1).reshape(self.loss.rows_per_example, len(examples)).sum(0).cpu())
@@ -215,7 +297,7 @@ class Lookahead:
             width = max(1, 64 * 2**20 // (4 * self.dictionary.d_sae))
             return torch.stack([self._encode(part).sum(0) for part in states.split(width)]).sum(0)
 
-        parts = [self._with(parameters, total, examples) for examples in self.probe()]
+        parts = [self.directional.at(parameters, total, examples) for examples in self.probe()]
         return torch.stack(parts).sum(0) / tokens
 
     def _log_probs(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -228,7 +310,7 @@ class Lookahead:
             ]
             return torch.cat(parts)
 
-        return self._with(parameters, scored)
+        return self.directional.at(parameters, scored)
 
     def _probe_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states of the answers' tokens [m, d_model]; nothing above the hook point is run."""
@@ -249,60 +331,6 @@ class Lookahead:
     def _batch(self, examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         device = next(self.point.decoder.parameters()).device
         return {name: value.to(device) for name, value in self.loss.collate(examples).items()}
-
-    # Derivatives along a direction in the parameters
-
-    def _derivative(self, function: Callable[[Mapping[str, Tensor]], Tensor], direction: Tensors) -> Tensor:
-        """d/ds function(θ + s·direction) at s = 0."""
-        if self.method != "finite_difference":
-            try:
-                return self._forward_derivative(function, direction)
-            except NotImplementedError:
-                if self.method == "forward":
-                    raise
-                self.method = "finite_difference"
-        return self._difference(function, direction)
-
-    def _forward_derivative(
-        self, function: Callable[[Mapping[str, Tensor]], Tensor], direction: Tensors
-    ) -> Tensor:
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            moving = {
-                name: forward_ad.make_dual(value.detach(), direction[name].to(value))
-                for name, value in self.parameters.items()
-            }
-            value, tangent = forward_ad.unpack_dual(function(moving))
-            return torch.zeros_like(value) if tangent is None else tangent.clone()
-
-    def _difference(self, function: Callable[[Mapping[str, Tensor]], Tensor], direction: Tensors) -> Tensor:
-        """Central difference with `‖h·direction‖ = ε^⅓ ‖θ‖`: the error of the formula, of order h², and that of
-        rounding, of order ε/h, are then alike."""
-        size = _norm(direction.values())
-        if size == 0:
-            return torch.zeros_like(function(self.parameters))
-        h = torch.finfo(_dtype(self.model)).eps ** (1 / 3) * _norm(self.parameters.values()) / size
-        ahead, behind = (
-            function({name: value + sign * h * direction[name] for name, value in self.parameters.items()})
-            for sign in (1, -1)
-        )
-        return (ahead - behind) / (2 * h)
-
-    def _with(self, parameters: Mapping[str, Tensor], function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)` with other parameters in the model."""
-        calling = _Calling(self.model, function)
-        return functional_call(calling, {f"model.{name}": value for name, value in parameters.items()}, args)
-
-
-class _Calling(nn.Module):
-    """A module that calls a function, so that `functional_call` can put other parameters into `model` meanwhile."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._function = function
-
-    def forward(self, *args: Any) -> Tensor:
-        return self._function(*args)
 
 
 def differentiable_encoder(dictionary: FeatureDictionary) -> Callable[[Tensor], Tensor]:
@@ -335,10 +363,6 @@ def _accumulate(
     for name, value in zip(parameters, found, strict=True):
         if value is not None:
             sums[name] = sums[name] + value if name in sums else value
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(torch.stack([value.detach().double().square().sum() for value in tensors]).sum().sqrt())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -13,7 +13,7 @@ independent, and so what a bootstrap draws again, is a prompt: its answers are o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ from .preferences import ANSWERS, PairCheck, Source, as_text, iterate_rows
 from .preflight import check_dictionary
 from .residual_stream import hidden_states
 from .rewards import AnswerCheck, PolicyGradientLoss, answer_ids
-from .sampling import Sampling, sample_ids
+from .sampling import Sampling, answer_batches, sample_ids
 
 _CHUNK_BYTES = 256 * 2**20
 
@@ -204,7 +204,8 @@ def answer_activations(
         batch = loss.collate(part)
         texts = [prompts[example.row] for example in part] * loss.rows_per_example
         batches.append((texts, batch))
-    return _summed(point, dictionary, batches, progress)
+    units = [prompts[example.row] for example in examples]
+    return _summed(point, dictionary, units, batches, progress)
 
 
 def _checked(responses: Source) -> list[Any]:
@@ -252,32 +253,26 @@ def _encoded(
     progress: bool,
 ) -> AnswerActivations:
     """Of (prompt's text, prompt's ids, answer's ids)."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = []
-    for start in range(0, len(answered), batch_size):
-        part = answered[start : start + batch_size]
-        longest = max(len(prompt) + len(answer) for _, prompt, answer in part)
-        ids = torch.full((len(part), longest), pad)
-        attended, counted = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, (_, prompt, answer) in enumerate(part):
-            ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            attended[row, : len(prompt) + len(answer)] = 1
-            counted[row, len(prompt) : len(prompt) + len(answer)] = 1
-        batch = {"input_ids": ids, "attention_mask": attended, "completion_mask": counted}
-        batches.append(([text for text, _, _ in part], batch))
-    return _summed(check_dictionary(dictionary, model), dictionary, batches, progress)
+    ids = [(prompt, answer) for _, prompt, answer in answered]
+    batches = [
+        ([answered[place][0] for place in places], batch)
+        for places, batch in answer_batches(tokenizer, ids, batch_size)
+    ]
+    units = [text for text, _, _ in answered]
+    return _summed(check_dictionary(dictionary, model), dictionary, units, batches, progress)
 
 
 @torch.no_grad()
 def _summed(
     point: Any,
     dictionary: FeatureDictionary,
+    prompts: Iterable[str],
     batches: Sequence[tuple[list[str], dict[str, Tensor]]],
     progress: bool,
 ) -> AnswerActivations:
     device = next(point.decoder.parameters()).device
     dictionary = dictionary.to(device)
-    units = {text: unit for unit, text in enumerate(dict.fromkeys(t for texts, _ in batches for t in texts))}
+    units = {text: unit for unit, text in enumerate(dict.fromkeys(prompts))}
     sums = torch.zeros(len(units), dictionary.d_sae, device=device)
     tokens = np.zeros(len(units))
     active = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=device)

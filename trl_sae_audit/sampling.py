@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -88,3 +88,27 @@ def sample_ids(
             for row, answer in zip(rows, output[:, longest:].tolist(), strict=True):
                 answers[row].append(answer[: answer.index(end) + 1] if end in answer else answer)
     return answers
+
+
+def answer_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    answered: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Ids of (prompt, answer) as right-padded batches, those of like length together.
+
+    Yields:
+        Which of `answered` the rows are, and `input_ids`, `attention_mask`, `completion_mask` [rows, tokens].
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    order = sorted(range(len(answered)), key=lambda place: sum(map(len, answered[place])))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        ids = torch.full((len(places), max(sum(map(len, answered[place])) for place in places)), pad)
+        attended, counted = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, place in enumerate(places):
+            prompt, answer = answered[place]
+            ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+            attended[row, : len(prompt) + len(answer)] = 1
+            counted[row, len(prompt) : len(prompt) + len(answer)] = 1
+        yield places, {"input_ids": ids, "attention_mask": attended, "completion_mask": counted}

@@ -36,6 +36,14 @@ class AffineUpdate:
 
 
 @dataclass(frozen=True)
+class BatchMoments:
+    """How gradients vary over the batches of a run: the mean of their squares after clipping, and the mean clip factor."""
+
+    second: Tensors
+    clip: float
+
+
+@dataclass(frozen=True)
 class _Settings:
     """One parameter's hyperparameters and state."""
 
@@ -61,6 +69,9 @@ class UpdateRule:
         weight_decay: decoupled for adamw, added to the gradient for sgd; on parameters of two or more dimensions,
             as the Trainer does.
         max_grad_norm: gradients of a larger norm are scaled down to it; None for no clipping.
+        batch_size: examples in a step of the run, to look ahead to its usual step instead of its first: AdamW's second
+            moment is then the mean square of the gradients of such batches, so that a parameter whose gradient is
+            mostly noise moves little, and clipping its mean factor. Of the first step, None, every parameter moves by the learning rate.
         state: from a running optimizer, by `from_optimizer`; otherwise this is the first step.
 
     Raises:
@@ -74,6 +85,7 @@ class UpdateRule:
     momentum: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    batch_size: int | None = None
     state: Mapping[str, _Settings] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +96,7 @@ class UpdateRule:
 
     @classmethod
     def from_args(cls, args: TrainingArguments) -> UpdateRule:
-        """The first step of a trainer with these arguments, at the full learning rate.
+        """The usual step of a trainer with these arguments, on one process, at the full learning rate.
 
         Raises:
             AuditError: for an optimizer whose step is not known here.
@@ -98,6 +110,7 @@ class UpdateRule:
             args.adam_epsilon,
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
         )
 
     @classmethod
@@ -141,27 +154,50 @@ class UpdateRule:
             )
         return cls(kinds[type(optimizer)], max_grad_norm=max_grad_norm, state=state)
 
-    def affine(self, gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> AffineUpdate:
-        """The step for the mean gradient [by parameter], taken apart."""
-        clip = self._clip(gradient)
+    @property
+    def wants_batches(self) -> bool:
+        """Whether `affine` needs the batches' moments: AdamW, from no running optimizer, with a batch size."""
+        return self.kind == "adamw" and self.batch_size is not None and not self.state
+
+    def affine(
+        self,
+        gradient: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        batches: BatchMoments | None = None,
+    ) -> AffineUpdate:
+        """The step for the mean gradient [by parameter], taken apart.
+
+        Args:
+            gradient: mean over the examples, before clipping.
+            parameters: as they are.
+            batches: how the gradient varies over the run's batches, where `wants_batches`.
+        """
+        clip = self.clip(gradient) if batches is None else batches.clip
         scale, offset = {}, {}
         for name, value in gradient.items():
             settings = self.state.get(name) or self._fresh(parameters[name])
-            make = _adamw if self.kind == "adamw" else _sgd
-            scale[name], offset[name] = make(settings, value.detach(), parameters[name].detach(), clip)
+            parameter = parameters[name].detach()
+            if batches is not None:
+                rate = settings.learning_rate
+                scale[name] = rate * clip / (batches.second[name].sqrt() + settings.eps)
+                offset[name] = -rate * settings.weight_decay * parameter
+            else:
+                make = _adamw if self.kind == "adamw" else _sgd
+                scale[name], offset[name] = make(settings, value.detach(), parameter, clip)
         return AffineUpdate(scale, offset)
 
     def describe(self) -> dict[str, Any]:
         """For the record; a running optimizer's state is only mentioned."""
-        names = ("kind", "learning_rate", "betas", "eps", "momentum", "weight_decay", "max_grad_norm")
+        names = ["kind", "learning_rate", "betas", "eps", "momentum", "weight_decay"]
+        names += ["max_grad_norm", "batch_size"]
         described = {name: getattr(self, name) for name in names}
         return described | {"betas": list(self.betas), "steps_before": self._steps_before()}
 
     def _steps_before(self) -> int:
         return max((settings.step for settings in self.state.values()), default=0)
 
-    def _clip(self, gradient: Mapping[str, Tensor]) -> float:
-        """torch's clip_grad_norm_: `min(1, max / (‖g‖ + 1e-6))`."""
+    def clip(self, gradient: Mapping[str, Tensor]) -> float:
+        """The factor of torch's clip_grad_norm_: `min(1, max / (‖g‖ + 1e-6))`."""
         if self.max_grad_norm is None:
             return 1.0
         norm = math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,7 @@ from ..evidence_files import write_evidence
 from ..flags import FlagSet
 from ..objectives import PreferenceLoss
 from ..sae import load_dictionary
+from ..sampling import Sampling
 from ..terminal import Justify, OutputArguments, table, to_copy
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments
@@ -26,6 +27,10 @@ DESCRIPTION = (
     "audit goes on when the same command is run again; several processes share the work under `accelerate launch`. "
     "Example: trl-sae-audit audit --model_name_or_path ./model --dataset pairs.jsonl --sae ./sae --output_dir runs/audit"
 )
+
+
+_WRITES = "predicted_sampled_change"
+_LOOKED_AHEAD = (("reads", "predicted_change"), ("writes", _WRITES))
 
 
 @dataclass
@@ -57,11 +62,20 @@ class AuditArguments:
     lookahead: str | None = field(
         default=None,
         metadata={
-            "help": "Held-out pairs: also predict what one AdamW step on the data does to each feature on them. Takes about "
+            "help": "Held-out pairs: also predict what an AdamW step on the data does to each feature on them. Takes about "
             "as long as an epoch of training."
         },
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Of that step."})
+    train_batch_size: int = field(default=8, metadata={"help": "Pairs in that step."})
+    lookahead_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Also sample that many answers at each held-out prompt, and predict what the step does to each feature "
+            "in what the model writes. 4 or more."
+        },
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest of those answers."})
     influence: str | None = field(
         default=None,
         metadata={"help": "A file of flags: each example's part in the predicted change of those."},
@@ -94,9 +108,13 @@ def main(argv: Sequence[str]) -> int:
         label_smoothing=arguments.label_smoothing,
         max_length=arguments.max_length,
         learning_rate=arguments.learning_rate,
+        per_device_train_batch_size=arguments.train_batch_size,
         bf16=False,
         report_to="none",
     )
+    sampling = None
+    if arguments.lookahead_samples:
+        sampling = Sampling(arguments.lookahead_samples, arguments.max_new_tokens, seed=arguments.seed)
     audit = audit_preferences(
         model,
         tokenizer,
@@ -109,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
         activations=arguments.activations,
         on_bad_row=arguments.on_bad_row,
         lookahead=arguments.lookahead,
+        sampling=sampling,
         seed=arguments.seed,
     )
     if arguments.influence:
@@ -127,14 +146,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(audit: Audit, top: int, output: OutputArguments) -> None:
-    """Print the features with the largest attribution."""
+    """Print the features with the largest predicted change of what the model writes; without one, attribution."""
     features = audit.features()
+    if _WRITES in features:
+        features = features.sort_values(_WRITES, key=abs, ascending=False, kind="stable")
     rows = features.head(top).to_dict("records")
     significant = features["q_value"] < 0.05
     at_equal_length = significant & (features["length_q_value"] < 0.05)
     optional = {
         heading: column
-        for heading, column in (("disparity", "disparity"), ("predicted", "predicted_change"))
+        for heading, column in (("disparity", "disparity"), *_LOOKED_AHEAD)
         if column in features
     }
     columns: dict[str, Justify] = dict.fromkeys(
@@ -165,6 +186,16 @@ def show(audit: Audit, top: int, output: OutputArguments) -> None:
         table(f"{len(audit)} examples, {len(features)} features of {audit.dictionary.name}", columns, cells),
         f"Positive: training on this data up-weights the feature. q < 0.05: {significant.sum()} features, "
         f"{at_equal_length.sum()} of them also at equal answer length.",
+        *_explained(optional),
         to_copy(f"Audit in {audit.directory}; next:"),
         to_copy(f"  trl-sae-audit flag {audit.directory} --feature N --label … --reason …"),
     )
+
+
+def _explained(columns: Mapping[str, str]) -> list[str]:
+    if "reads" not in columns:
+        return []
+    return [
+        "reads, writes: what a training step does to the feature's mean activation on held-out answers, and on answers that "
+        "the model gives itself (with --lookahead_samples)."
+    ]

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..audit_result import Audit
@@ -18,6 +16,7 @@ from ..realised import realised_change, sampled_change
 from ..record import RunRecord
 from ..sae import load_dictionary
 from ..sampling import Sampling
+from ..terminal import Justify, OutputArguments, table
 from ..verification import RANDOM, Verification, predictors_of, save_verifications, verify
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments, first_as_option
@@ -58,14 +57,13 @@ class VerifyArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Where to write verify.json and verify.parquet; `report` reads them."}
     )
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
 
 
 def main(argv: Sequence[str]) -> int:
-    model_arguments, data, arguments = parse(
+    model_arguments, data, arguments, output = parse(
         "verify",
         DESCRIPTION,
-        (ModelArguments, PreferenceArguments, VerifyArguments),
+        (ModelArguments, PreferenceArguments, VerifyArguments, OutputArguments),
         first_as_option(argv, "source"),
     )
     source = read_source(arguments.source)
@@ -99,10 +97,8 @@ def main(argv: Sequence[str]) -> int:
     }
     if arguments.output_dir:
         save_verifications(found, arguments.output_dir, about)
-    if arguments.json:
-        print(json.dumps({**about, "targets": {each.kind: each.to_dict() for each in found}}, indent=1))
-    else:
-        show(found, Console())
+    document = {**about, "targets": {each.kind: each.to_dict() for each in found}}
+    output.show(document, *(table_of(each) for each in found), EXPLANATION)
     return 0
 
 
@@ -137,34 +133,31 @@ def check_dictionary_of(source: Audit | RunRecord, identity: str, name: str) -> 
     return known[identity]
 
 
-def show(found: Sequence[Verification], console: Console) -> None:
-    """Print a table for each target, 80 columns wide."""
-    for each in found:
-        console.print(
-            f"[bold]{each.kind}[/bold]: {len(each.features)} active features, {each.units} prompts; a perfect score: "
-            f"R² {each.ceiling:.2f}",
-            highlight=False,
-        )
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        table.add_column("score", overflow="fold")
-        for column in ("R²", "Spearman ρ", f"top {each.top_k}"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in each.table.to_dict("records"):
-            table.add_row(row["score"], *(_cell(row, *column) for column in _COLUMNS))
-        console.print(table)
-    console.print(
-        "R²: how much of the features' change a line through the score explains (a wrong sign explains nothing). "
-        "Top: how many of the features with the largest scores are among those with the largest change, same sign. "
-        f"{RANDOM!r} is a control. In brackets 95 % intervals over the prompts; other training seeds may differ by more.",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+EXPLANATION = (
+    "R²: how much of the features' change a line through the score explains (a wrong sign explains nothing). "
+    "Top: how many of the features with the largest scores are among those with the largest change, same sign. "
+    f"{RANDOM!r} is a control. In brackets 95 % intervals over the prompts; other training seeds may differ by more."
+)
+_STATISTICS = (("r2", 1.0, ".2f"), ("spearman", 1.0, "+.2f"), ("precision", 100.0, ".0f"))
+
+
+def table_of(found: Verification) -> Table:
+    """How well each score predicted one kind of change, in 80 columns."""
+    title = (
+        f"{found.kind}: {len(found.features)} active features, {found.units} prompts; a perfect score: R² "
     )
-
-
-_COLUMNS = (("r2", 1.0, ".2f"), ("spearman", 1.0, "+.2f"), ("precision", 100.0, ".0f"))
+    columns: dict[str, Justify] = {"score": "left"}
+    columns |= dict.fromkeys(("R²", "Spearman ρ", f"top {found.top_k}, %"), "right")
+    rows = [
+        [row["score"], *(_cell(row, *statistic) for statistic in _STATISTICS)]
+        for row in found.table.to_dict("records")
+    ]
+    made = table(f"{title}{found.ceiling:.2f}", columns, rows)
+    made.show_edge = made.pad_edge = False
+    made.collapse_padding = True
+    return made
 
 
 def _cell(row: Mapping[Hashable, Any], name: str, unit: float, form: str) -> str:
     value, low, high = (format(unit * row[key], form) for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value}{' %' if unit == 100 else ''} [{low}, {high}]".replace("[", "\\[")
+    return f"{value} [{low}, {high}]"
