@@ -42,6 +42,7 @@ def audit_preferences(
     activations: bool = True,
     on_bad_row: str = "stop",
     lookahead: Source | None = None,
+    rehearse_steps: float | None = None,
     optimizer: UpdateRule | torch.optim.Optimizer | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -74,6 +75,8 @@ def audit_preferences(
         on_bad_row: "stop" at a row that is no pair, or "set_aside".
         lookahead: held-out pairs as a probe: also predict how one optimizer step on the whole dataset changes each
             feature's mean activation on their answers. A second, dearer pass: parameter gradients of the dataset.
+        rehearse_steps: with a lookahead: also look as far as the end of a run of that many steps at the full learning rate
+            (of one whose rate falls linearly to 0, half its steps), see `Rehearsal`. A third, dearer pass.
         optimizer: whose step; an `UpdateRule`, or a running `torch.optim.AdamW` or `SGD` over the model's parameters;
             by default the usual step of a trainer with `args`.
         seed: of the random flips and splits of the statistics.
@@ -110,17 +113,18 @@ def audit_preferences(
     loss = PreferenceLoss(tokenizer, args)
     run = AuditRun(model, dictionary, loss, reference=ref_model, settings=settings, progress=progress)
     audit = run.over(dataset, PairCheck(), output_dir)
-    if lookahead is None and sampling is not None:
-        raise AuditError(
-            "sampling= is for a lookahead; pass lookahead= with held-out pairs, or leave it out."
-        )
+    for name, option in (("sampling", sampling), ("rehearse_steps", rehearse_steps)):
+        if lookahead is None and option is not None:
+            raise AuditError(
+                f"{name}= is for a lookahead; pass lookahead= with held-out pairs, or leave it out."
+            )
     if lookahead is not None:
         if PartialState().num_processes > 1:
             raise AuditError(
                 "The lookahead runs in one process; run the audit again in one: its parts are kept."
             )
         rule = _update_rule(optimizer, model, loss.trainer.args)
-        run.look_ahead(audit, dataset, lookahead, rule, sampling, tokenizer)
+        run.look_ahead(audit, dataset, lookahead, rule, sampling, rehearse_steps, tokenizer)
     return audit
 
 

@@ -19,10 +19,18 @@ from .flags import Flag
 
 if TYPE_CHECKING:
     from .lookahead import AnswerBatches, Lookahead
+    from .rehearsal import Rehearsal
 
 _FEATURES = "features.parquet"
 _LOOKAHEAD, _INFLUENCE = "lookahead.safetensors", "influence.safetensors"
-_SAMPLED = "predicted_sampled_change"
+PREDICTIONS = (
+    "predicted_change",
+    "predicted_sampled_change",
+    "rehearsed_change",
+    "rehearsed_sampled_change",
+    "probe_activation",
+)
+"""What a lookahead adds to the table of features, as far as it was asked for."""
 _SIDE_COLUMNS = ("", "_active")
 
 
@@ -105,7 +113,8 @@ class Audit:
         mean_activation_difference and max_activation_difference, active_examples. After a lookahead:
         predicted_change, of the mean activation on the probe by one optimizer step on this data,
         probe_activation, what that mean is before, and, where answers were sampled, predicted_sampled_change, of the mean
-        activation on the answers that the model gives.
+        activation on the answers that the model gives; after a rehearsal the same two by a whole run, rehearsed_change and
+        rehearsed_sampled_change.
         """
         if self._frame is None:
             self._frame = self._cached_features()
@@ -113,10 +122,9 @@ class Audit:
         if self._store.has(_LOOKAHEAD):
             order = frame["feature"].to_numpy()
             arrays, _ = self._store.read_arrays(_LOOKAHEAD)
-            frame["predicted_change"] = arrays["predicted_change"][order]
-            frame["probe_activation"] = arrays["probe_activation"][order]
-            if _SAMPLED in arrays:
-                frame[_SAMPLED] = arrays[_SAMPLED][order]
+            for name in PREDICTIONS:
+                if name in arrays:
+                    frame[name] = arrays[name][order]
         return frame
 
     def contributions(self, features: Sequence[int]) -> np.ndarray:
@@ -211,22 +219,20 @@ class Audit:
         return {str(feature): self._lookahead.influence(feature)[0].double().numpy() for feature in features}
 
     def look_ahead(
-        self, lookahead: Lookahead, description: dict[str, Any], answers: AnswerBatches | None = None
+        self,
+        lookahead: Lookahead,
+        description: dict[str, Any],
+        rehearsal: Rehearsal | None = None,
+        answers: AnswerBatches | None = None,
     ) -> None:
-        """Compute and keep every feature's predicted change, unless this very lookahead was kept before.
-
-        With `answers` that the model sampled, also the predicted change of what it writes.
-        """
+        """Compute and keep every feature's predicted changes, unless this very lookahead was kept before."""
         self._lookahead = lookahead
         if self._store.has(_LOOKAHEAD) and self._store.read_arrays(_LOOKAHEAD)[1] == description:
             return
-        before, change = lookahead.mean_activations(), lookahead.predicted_change()
-        arrays = {
-            "probe_activation": before.cpu().double().numpy(),
-            "predicted_change": change.cpu().double().numpy(),
-        }
-        if answers is not None:
-            arrays[_SAMPLED] = lookahead.predicted_sampled_change(answers).cpu().numpy()
+        from .rehearsal import look_ahead
+
+        found = look_ahead(lookahead, rehearsal, answers)
+        arrays = {name: value.cpu().double().numpy() for name, value in found.items()}
         self._store.write_arrays(_LOOKAHEAD, arrays, description)
         self._store.remove(_INFLUENCE)
 

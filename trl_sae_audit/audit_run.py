@@ -30,6 +30,7 @@ from .lookahead import Lookahead
 from .objectives import Loss, TokenizedExample
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
 from .preflight import check_dictionary, model_name
+from .rehearsal import Rehearsal
 from .rewards import AnswerCheck, answer_ids
 from .sampling import Sampling, answer_batches, sample_ids
 from .update_rule import UpdateRule
@@ -112,9 +113,10 @@ class AuditRun:
         probe: Source,
         rule: UpdateRule,
         sampling: Sampling | None,
+        rehearse_steps: float | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Add a lookahead to the finished audit of `dataset`; with `sampling`, also to what the model would write."""
+        """Add a lookahead to the finished audit of `dataset`; see `audit_preferences`."""
         rows = list(iterate_rows(probe))
         check = PairCheck()
         for row in rows:
@@ -127,6 +129,7 @@ class AuditRun:
         description = rule.describe() | {
             "probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest(),
             "sampling": None if sampling is None else asdict(sampling),
+            "rehearse_steps": rehearse_steps,
         }
         lookahead = Lookahead(
             self.model,
@@ -141,6 +144,7 @@ class AuditRun:
         audit.look_ahead(
             lookahead,
             description,
+            None if rehearse_steps is None else Rehearsal(lookahead, rehearse_steps),
             None if sampling is None else lambda: self._sampled(rows, sampling, tokenizer),
         )
 

@@ -35,7 +35,7 @@ AnswerBatches = Callable[[], Iterable[Mapping[str, Tensor]]]
 """Padded `input_ids`, `attention_mask`, `completion_mask` [rows, tokens] of answers, batch by batch, as often as asked."""
 
 
-class _MomentsOfBatches:
+class MomentsOfBatches:
     """The second moment of the gradients of the run's batches, in the order of the data; a last, short one is left out
     where there is a full one."""
 
@@ -63,8 +63,10 @@ class _MomentsOfBatches:
             self._close()
 
     def result(self, mean: Mapping[str, Tensor]) -> BatchMoments:
+        """Of all batches so far; `mean` gives names and shapes."""
         if not self._clips:
             self._close()
+        self._sum, self._filled = {}, 0
         n = len(self._clips)
         second = {
             name: self._squares[name] / n if name in self._squares else torch.zeros_like(value)
@@ -137,7 +139,11 @@ class Lookahead:
     def update(self) -> AffineUpdate:
         """The optimizer's step on all examples, computed once: a forward and a backward pass over them."""
         if self._update is None:
-            self._gradient, self._n, batches = self._mean_gradient()
+            moments = self.new_moments()
+            self._gradient, self._n = self.gradient(self.examples(), moments)
+            if not self._n:
+                raise AuditError("There is no example to take a step on; give at least one.")
+            batches = None if moments is None else moments.result(self._gradient)
             self._update = self.rule.affine(self._gradient, self.parameters, batches)
         return self._update
 
@@ -145,27 +151,39 @@ class Lookahead:
         """Δθ by parameter."""
         return self.update().step(self._gradient)
 
-    def _mean_gradient(self) -> tuple[Tensors, int, BatchMoments | None]:
+    def new_moments(self) -> MomentsOfBatches | None:
+        """Where the moments of the run's batches gather, if the rule wants them."""
+        return MomentsOfBatches(self.rule) if self.rule.wants_batches else None
+
+    def gradient(
+        self,
+        batches: Iterable[Sequence[TokenizedExample]],
+        moments: MomentsOfBatches | None,
+        start: Tensors | None = None,
+    ) -> tuple[Tensors, int]:
+        """∇θ of the examples' mean loss at the parameters as they are, and the number of examples.
+
+        Args:
+            batches: the examples.
+            moments: gathers the gradients of the run's batches.
+            start: the parameters of the policy before training, where it has moved and is its own reference.
+        """
         sums = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
-        moments = _MomentsOfBatches(self.rule) if self.rule.wants_batches else None
         count = 0
         with evaluation_mode(self.model), torch.enable_grad():
-            for examples in self.examples():
+            for examples in batches:
                 for part in [examples] if moments is None else moments.cut(examples):
-                    found = self._gradient_of(self._batch(part))
+                    found = self._gradient_of(self._batch(part), start)
                     count += len(part)
                     for name, value in found.items():
                         sums[name] += value
                     if moments is not None:
                         moments.add(found, len(part))
-        if not count:
-            raise AuditError("There is no example to take a step on; give at least one.")
-        mean = {name: value / count for name, value in sums.items()}
-        return mean, count, None if moments is None else moments.result(mean)
+        return {name: value / max(count, 1) for name, value in sums.items()}, count
 
-    def _gradient_of(self, batch: Mapping[str, Tensor]) -> Tensors:
+    def _gradient_of(self, batch: Mapping[str, Tensor], start: Tensors | None = None) -> Tensors:
         """∇θ Σ_i L_i of a batch; logits a chunk at a time, so that none outlives its chunk."""
-        predicted, targets, weights = self._weights(batch)
+        predicted, targets, weights = self._weights(batch, start)
         last = last_hidden_state(self.point.decoder, batch)
         hidden = last[:, :-1][predicted]
         leaf = hidden.detach().requires_grad_(True)
@@ -181,20 +199,25 @@ class Lookahead:
         return sums
 
     @torch.no_grad()
-    def _weights(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _weights(
+        self, batch: Mapping[str, Tensor], start: Tensors | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Which tokens are predicted [rows, T − 1], which they are [m], and ∂L/∂log π of each [m].
 
-        Where the reference is the policy all log-ratios are 0, whatever the log-probabilities: none is computed.
+        Where the reference is the policy as it is all log-ratios are 0, whatever the log-probabilities: none is computed.
         """
         predicted = batch["completion_mask"][:, 1:].bool()
         targets = batch["input_ids"][:, 1:][predicted]
-        log_probs = torch.zeros(predicted.shape, device=predicted.device)
-        reference = log_probs
-        if self._reference is not None:
-            last = last_hidden_state(self.point.decoder, batch)
-            values = self._head.score(last[:, :-1][predicted], targets)
-            log_probs = log_probs.to(values.dtype).masked_scatter(predicted, values)
-            reference = self._reference.log_probs(batch)
+        log_probs = reference = torch.zeros(predicted.shape, device=predicted.device)
+        if self._reference is not None or start is not None:
+            self._current = batch, predicted, targets
+            values = self._log_probs(self.parameters)
+            empty = torch.zeros(predicted.shape, dtype=values.dtype, device=values.device)
+            log_probs = empty.masked_scatter(predicted, values)
+            if self._reference is not None:
+                reference = self._reference.log_probs(batch)
+            elif start is not None:
+                reference = empty.masked_scatter(predicted, self._log_probs(start))
         weights = self.loss.weights(batch, log_probs, reference)
         return predicted, targets, weights[predicted].to(_dtype(self.model))
 
@@ -248,6 +271,18 @@ class Lookahead:
         if not tokens:
             raise AuditError("There are no sampled answers to look ahead with; give prompts to sample at.")
         return (weighted - total / tokens * weight) / tokens
+
+    def mean_of_answers(self, answers: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        """ā_f over given answers, read by the model as it is: [d_sae]."""
+        total, tokens = torch.zeros(self.dictionary.d_sae, dtype=torch.float64), 0
+        width = max(1, 64 * 2**20 // (4 * self.dictionary.d_sae))
+        with torch.no_grad(), evaluation_mode(self.model):
+            for batch in answers:
+                states = self._probe_states(batch)
+                tokens += len(states)
+                for part in states.split(width):
+                    total += self._encode(part).sum(0).double().cpu()
+        return total / tokens
 
     def change_after(self, step: Tensors) -> Tensor:
         """ā_f(θ + Δθ) − ā_f(θ) of every feature, not to first order but as it is: [d_sae]."""

@@ -45,6 +45,8 @@ _AUDITED = (
     "activation_attribution",
     "predicted_change",
     "predicted_sampled_change",
+    "rehearsed_change",
+    "rehearsed_sampled_change",
     "disparity",
     "mean_activation_difference",
 )

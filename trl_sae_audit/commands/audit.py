@@ -75,6 +75,13 @@ class AuditArguments:
             "in what the model writes. 4 or more."
         },
     )
+    rehearse_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Also predict what a whole run of that many steps does, in four long ones. Steps at the full learning "
+            "rate: of a linear schedule half."
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest of those answers."})
     influence: str | None = field(
         default=None,
@@ -128,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
         on_bad_row=arguments.on_bad_row,
         lookahead=arguments.lookahead,
         sampling=sampling,
+        rehearse_steps=arguments.rehearse_steps,
         seed=arguments.seed,
     )
     if arguments.influence:

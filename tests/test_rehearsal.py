@@ -1,0 +1,142 @@
+"""Rehearsal in float64 against the same long steps taken by hand, and through an audit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_lookahead import RULES, answers_of, directions, look, make_gpt2, mean_loss, moved_by
+from worlds import make_dictionary, make_model, make_tokenizer, pairs
+
+from trl_sae_audit import AuditError, audit_preferences
+from trl_sae_audit.rehearsal import Rehearsal, look_ahead
+from trl_sae_audit.sampling import Sampling
+from trl_sae_audit.update_rule import UpdateRule
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def by_hand(model, tokenizer, rule, steps, reference):
+    """Two long steps, on the first four pairs and on the last two (the batches of `look`), by autograd on a copy."""
+    moved = copy.deepcopy(model)
+    squares = []
+    for rows in (slice(0, 4), slice(4, 6)):
+        moved.zero_grad()
+        mean_loss(moved, tokenizer, reference, rows=rows).backward()
+        mean = {name: value.grad.clone() for name, value in moved.named_parameters()}
+        for start in range(rows.start, rows.stop, 2):
+            moved.zero_grad()
+            mean_loss(moved, tokenizer, reference, rows=slice(start, start + 2)).backward()
+            squares.append({name: value.grad.square() for name, value in moved.named_parameters()})
+        with torch.no_grad():
+            for name, value in moved.named_parameters():
+                step = rule.learning_rate * mean[name]
+                if rule.kind == "adamw":
+                    second = torch.stack([batch[name] for batch in squares]).mean(0)
+                    step = step / (second.sqrt() + rule.eps)
+                value -= steps / 2 * step
+    return moved
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_against_the_same_steps_by_hand(tokenizer, kind, with_reference):
+    model = make_gpt2(tokenizer)
+    reference = make_gpt2(tokenizer, seed=6) if with_reference else None
+    rate = 1e-4 if kind == "adamw" else 1e-2
+    rule = UpdateRule(kind, rate, max_grad_norm=None, batch_size=2)
+    ahead = look(model, tokenizer, directions(), rule, reference)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shift = Rehearsal(ahead, 10, parts=2).shift()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    moved = by_hand(model, tokenizer, rule, 10, reference or make_gpt2(tokenizer))
+    for name, value in moved.named_parameters():
+        expected = (value - before[name]).detach()
+        torch.testing.assert_close(shift[name], expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+    first = ahead.step()
+    assert any(not torch.allclose(shift[name], 10 * first[name], rtol=1e-2, atol=1e-9) for name in shift)
+
+
+def test_one_part_is_the_lookaheads_step(tokenizer):
+    rule = UpdateRule("adamw", 1e-4, batch_size=2)
+    ahead = look(make_gpt2(tokenizer), tokenizer, directions(), rule)
+    shift, step = Rehearsal(ahead, 7, parts=1).shift(), ahead.step()
+    for name, value in shift.items():
+        torch.testing.assert_close(value, 7 * step[name])
+
+
+def test_predictions_are_of_the_moved_model(tokenizer):
+    """Read: the moved model's own activations. Written: its answers, read by the model before."""
+    model, dictionary = make_gpt2(tokenizer), directions()
+    ahead = look(model, tokenizer, dictionary, UpdateRule("adamw", 1e-3, batch_size=2))
+    rehearsal = Rehearsal(ahead, 20, parts=2)
+    prompts = [[5, 9, 12], [7, 30]]
+    found = look_ahead(ahead, rehearsal, lambda: answers_of(model, tokenizer, prompts, 50, 4))
+    moved = moved_by(model, rehearsal.shift(), 1.0)
+    after = look(moved, tokenizer, dictionary, RULES["sgd"]).mean_activations()
+    torch.testing.assert_close(found["rehearsed_change"], after - found["probe_activation"])
+    means = []
+    for policy in (model, moved):
+        states = []
+        for batch in answers_of(policy, tokenizer, prompts, 50, 4):
+            with torch.no_grad():
+                output = model(
+                    batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+                )
+            states.append(output.hidden_states[2][batch["completion_mask"].bool()])
+        means.append((torch.cat(states) @ dictionary.directions.T).mean(0))
+    torch.testing.assert_close(found["rehearsed_sampled_change"], means[1] - means[0])
+    assert means[1].sub(means[0]).abs().max() > 0
+
+
+def test_the_model_is_put_back_whatever_happens(tokenizer):
+    model = make_gpt2(tokenizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ahead = look(model, tokenizer, directions(), UpdateRule("sgd", 1e-2, max_grad_norm=None))
+    rehearsal = Rehearsal(ahead, 5, 2)
+
+    def stopped() -> None:
+        with rehearsal.moved():
+            assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(AuditError, match="fewer batches"):
+        Rehearsal(ahead, 5, 3).shift()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_refusals(tokenizer):
+    model = make_gpt2(tokenizer)
+    with pytest.raises(AuditError, match="positive numbers"):
+        Rehearsal(look(model, tokenizer, directions(), RULES["sgd"]), 0)
+    with pytest.raises(AuditError, match="with batches of a known size"):
+        Rehearsal(look(model, tokenizer, directions(), RULES["adamw"]), 5)
+
+
+def test_through_an_audit(tokenizer, tmp_path):
+    model, dictionary = make_model(tokenizer), make_dictionary()
+    options = {"progress": False, "batch_size": 2, "output_dir": tmp_path / "audit"}
+    options |= {"optimizer": UpdateRule("adamw", 1e-3, batch_size=2), "lookahead": pairs(5, seed=7)}
+    audit = audit_preferences(model, tokenizer, pairs(8), dictionary, rehearse_steps=12, **options)
+    table = audit.features()
+    assert table["rehearsed_change"].abs().max() > table["predicted_change"].abs().max()
+    assert "rehearsed_sampled_change" not in table
+    both = audit_preferences(
+        model,
+        tokenizer,
+        pairs(8),
+        dictionary,
+        rehearse_steps=12,
+        sampling=Sampling(2, max_new_tokens=5),
+        **options,
+    )
+    assert both.features()["rehearsed_sampled_change"].abs().max() > 0
+    with pytest.raises(AuditError, match="rehearse_steps= is for a lookahead"):
+        audit_preferences(model, tokenizer, pairs(8), dictionary, rehearse_steps=12)
