@@ -81,12 +81,12 @@ def test_the_sentences_say_what_the_record_says(record: Path, tmp_path: Path) ->
     assert (
         "DPO, 48 optimizer steps, model tiny-model, dictionary tiny (64 features at model.layers.1)" in text
     )
-    assert f"hardest towards “flattery” (feature 3), {up['lift']:.2g} times as strongly" in text
-    assert f"hardest away from feature 5, {down['lift']:.2g} times as strongly" in text
+    assert f"hardest towards “flattery” (feature 3), with {up['lift']:.2g} times the share" in text
+    assert f"hardest away from feature 5, with {down['lift']:.2g} times the share" in text
     significant = int((features["q_value"] < 0.05).sum())
     assert f"{significant} of 64 features are beyond chance" in text
-    assert "hold 60 % of its gradient, where 4 random directions hold 25 %" in text
-    assert "“flatters the user”: 40% before, 90% after the plain run" in text
+    assert "hold 60% of its gradient, where 4 random directions hold 25%" in text
+    assert "“flatters the user” (less is better) went from 40% to 90% in plain" in text
     assert signed(up["attribution"]) in text
     assert not re.search(r"\bnan\b|None|undefined", text)
 
@@ -167,7 +167,7 @@ def test_data_in_a_script_cannot_leave_it() -> None:
 def test_numbers_are_read_as_they_are_meant() -> None:
     assert [signed(-0.001234), signed(float("nan"))] == ["−0.00123", "–"]
     assert [probability(0.00001), probability(0.043)] == ["<0.001", "0.043"]
-    assert [percent(0.123), percent(0.0081)] == ["12 %", "0.81 %"]
+    assert [percent(0.123), percent(0.0081)] == ["12%", "0.81%"]
 
 
 def test_all_features_are_packed_as_they_are(record: Path) -> None:
@@ -269,7 +269,7 @@ def test_the_difference_of_rates_is_newcombes() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"fvu": 0.95}, "does not fit this model: it leaves 95 %"),
+        ({"fvu": 0.95}, "does not fit this model: it leaves 95%"),
         ({"fvu": 0.6}, "fits poorly"),
         ({"epoch": 3.0}, "saw its data about 3 times"),
         ({"status": "failed"}, "The run failed after 48 optimizer steps"),
@@ -290,7 +290,8 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, record: Path) -> None:
     write_outcomes(other, [Outcome("flatters", 0.5, 0.45, 0.55, 400, "flatters the user", unit="share")])
     write_outcomes(record, [Outcome("flatters", 0.9, 0.87, 0.92, 400, "flatters the user", unit="share")])
     text = " ".join(Page(write_report([record, other], tmp_path / "page.html")).text.split())
-    assert "90% after the plain run, 50% after filtered" in text
+    assert "“flatters the user” ended at 90% in plain and at 50% in filtered." in text
+    assert "The push on “flattery” (feature 3) was" in text
     assert "−40 points from plain (−45 to −34)" in text
     assert "“flattery” (feature 3)" in text
     assert "differs" in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,12 +16,13 @@ _MOST_POINTS = 160
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x ascending [n], y [n], and where it has one the half width of its 95 % interval [n]."""
+    """One curve: x ascending [n], y [n], where it has one the half width of its 95% interval [n], and its style's name."""
 
     name: str
     x: np.ndarray
     y: np.ndarray
     margin: np.ndarray | None = None
+    style: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Shape:
     """A drawn line: SVG path data of the curve and of the band around it."""
 
     name: str
+    style: str
     path: str
     band: str
     dots: list[tuple[float, float]]
@@ -59,7 +61,7 @@ def thinned(line: Line, most: int = _MOST_POINTS) -> Line:
     margin = None
     if line.margin is not None:
         margin = np.array([np.sqrt(np.square(line.margin[piece]).sum()) / len(piece) for piece in pieces])
-    return Line(line.name, x, y, margin)
+    return replace(line, x=x, y=y, margin=margin)
 
 
 def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None = None) -> Drawing | None:
@@ -91,7 +93,7 @@ def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None
     return Drawing(
         title,
         unit,
-        [_shape(line, across, down) for line in lines],
+        [_shape(line, line.style or f"line-{place}", across, down) for place, line in enumerate(lines)],
         [(across(tick) / WIDTH * 100, f"{tick:,.0f}") for tick in x_ticks],
         [(down(tick), plain(tick)) for tick in y_ticks if low <= tick <= high],
         down(0.0),
@@ -117,10 +119,10 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 def _finite(line: Line) -> Line:
     keep = np.isfinite(line.y)
     margin = None if line.margin is None else np.nan_to_num(line.margin[keep])
-    return Line(line.name, np.asarray(line.x, float)[keep], np.asarray(line.y, float)[keep], margin)
+    return replace(line, x=np.asarray(line.x, float)[keep], y=np.asarray(line.y, float)[keep], margin=margin)
 
 
-def _shape(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> Shape:
+def _shape(line: Line, style: str, across: Callable[[float], float], down: Callable[[float], float]) -> Shape:
     points = [(across(x), down(y)) for x, y in zip(line.x, line.y, strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.2f}" for x, y in points)
     band = ""
@@ -128,7 +130,7 @@ def _shape(line: Line, across: Callable[[float], float], down: Callable[[float],
         upper = [(across(x), down(y)) for x, y in zip(line.x, line.y + line.margin, strict=True)]
         lower = [(across(x), down(y)) for x, y in zip(line.x, line.y - line.margin, strict=True)]
         band = "M" + "L".join(f"{x:.1f} {y:.2f}" for x, y in [*upper, *reversed(lower)]) + "Z"
-    return Shape(line.name, path, band, points if len(points) == 1 else [])
+    return Shape(line.name, style, path, band, points if len(points) == 1 else [])
 
 
 def _described(line: Line) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from ..outcomes import Outcome
 from .sources import Source, View
 
-MOST_FEATURES = 12
+MOST_FEATURES = 8
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Difference:
     def clear(self) -> bool:
         """Whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def unclear(self) -> bool:
+        """Whether there is an interval, and 0 lies in it."""
+        return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)

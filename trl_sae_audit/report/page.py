@@ -126,6 +126,7 @@ def _render(
 ) -> str:
     main = sources[0]
     measures = compare_outcomes(sources)
+    rows = compare_features(sources)
     panels = [_panel(main, view) for view in main.views]
     hints = {row.feature: row.hint for row in [*panels[0].head.gained, *panels[0].head.lost]}
     script, style = _part("report.js"), _part("report.css")
@@ -136,15 +137,16 @@ def _render(
         "reload": reload_seconds,
     }
     context: dict[str, Any] = {
-        "title": title or _title(main),
+        "title": title or _title(sources),
         "note": note,
         "sources": sources,
         "main": main,
         "line": sentences.what_was_run(main),
-        "in_short": sentences.in_short(main, measures, sources, hints),
+        "in_short": sentences.in_short(sources, measures, rows, hints),
         "warnings": sentences.warnings(main),
         "outcomes": sections.outcome_plot(measures, sources) if measures else None,
-        "compared": sections.feature_plot(compare_features(sources), sources, hints),
+        "compared": sections.feature_plot(rows, sources, hints),
+        "compared_charts": sections.compared_charts(sources),
         "panels": panels,
         "shaping": [
             (source.name, charts) for source in sources if (charts := sections.shaping_charts(source))
@@ -180,8 +182,10 @@ def _part(name: str) -> str:
     return (resources.files("trl_sae_audit.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _title(source: Source) -> str:
-    return f"What {source.name} {'would teach' if source.kind == 'audit' else 'taught'}"
+def _title(sources: list[Source]) -> str:
+    if len(sources) > 1:
+        return "Side by side: " + ", ".join(source.name for source in sources)
+    return f"What {sources[0].name} {'would teach' if sources[0].kind == 'audit' else 'taught'}"
 
 
 def _panel(source: Source, view: View) -> _Panel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..evidence_files import Evidence
 from .charts import Drawing, Line, draw
-from .comparison import FeatureRow, Measure
+from .comparison import FeatureRow, Measure, view_like
 from .curriculum import Map
 from .sentences import SIGNIFICANT, named
 from .sources import Source, View
@@ -199,6 +199,30 @@ def watched_charts(source: Source, view: View) -> list[Drawing]:
     return [chart for chart in charts if chart is not None]
 
 
+def compared_charts(sources: Sequence[Source], most: int = 4) -> list[Drawing]:
+    """Each feature watched in the first run, in every run that recorded it."""
+    main = sources[0].views[0]
+    views = [view_like(source, main) for source in sources]
+    charts = []
+    for label, feature in list(main.watched.items())[:most] if len(sources) > 1 else ():
+        lines = []
+        for place, (source, view) in enumerate(zip(sources, views, strict=True)):
+            steps = view.tables.get("steps") if view else None
+            rows = None if steps is None else steps[steps["feature"] == feature]
+            if rows is not None and len(rows):
+                lines.append(
+                    Line(
+                        source.name,
+                        rows["step"].to_numpy(),
+                        rows["attribution"].to_numpy(),
+                        style=f"run-{place % 6}",
+                    )
+                )
+        if len(lines) > 1:
+            charts.append(draw(named(feature, shown(label, 80)), lines, "attribution in a step"))
+    return [chart for chart in charts if chart is not None]
+
+
 def largest_charts(view: View, most: int = 4) -> list[Drawing]:
     """Where nothing is watched: the largest features, from the map's time bins."""
     if view.means is None or view.bins is None or len(view.bins) < 2:
@@ -354,7 +378,12 @@ def outcome_plot(measures: Sequence[Measure], sources: Sequence[Source]) -> DotP
                 gap = measure.differences[place] if place else measure.change
                 against = sources[0].name if place else "before"
                 dots.append(_outcome_dot(place, source.name, axis, outcome, _gap(gap, outcome.unit, against)))
-        note = {"up": "more is better", "down": "less is better", "": ""}[measure.wanted]
+        counts = {outcome.n for outcome in measure.all}
+        notes = [{"up": "more is better", "down": "less is better", "": ""}[measure.wanted]]
+        if len(counts) == 1 and None not in counts:
+            notes.append(f"n = {counts.pop():,} each")
+            dots = [replace(dot, interval=dot.interval.split(", n = ")[0]) for dot in dots]
+        note = "; ".join(part for part in notes if part)
         rows.append(DotRow(measure.name, None, note, dots))
     return DotPlot(rows, "", None)
 

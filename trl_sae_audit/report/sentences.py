@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .comparison import Measure
+from .comparison import FeatureRow, Measure
 from .sources import Source, View
 from .text import counted, percent, plain, probability, signed
 
@@ -35,16 +34,25 @@ def what_was_run(source: Source) -> str:
 
 
 def in_short(
-    source: Source, measures: Sequence[Measure], sources: Sequence[Source], about: Mapping[int, str]
+    sources: Sequence[Source],
+    measures: Sequence[Measure],
+    rows: Sequence[FeatureRow],
+    about: Mapping[int, str],
 ) -> list[str]:
-    """Three sentences: the largest features, how much of it is beyond chance, and what came of it.
+    """What came of it, where it was measured; the largest features; how much of it is beyond chance.
 
     Args:
+        sources: the first is what the page is about.
+        measures, rows: of `compare_outcomes` and `compare_features`.
         about: feature → what is known of it, in a few words.
     """
-    view = source.views[0]
-    third = _outcomes(measures, sources) or _over_time(source, view)
-    return [_largest(source, view, about), _beyond_chance(source, view), third]
+    source, view = sources[0], sources[0].views[0]
+    of = f" of {source.name}" if len(sources) > 1 else ""
+    largest, beyond = _largest(source, view, about, of), _beyond_chance(source, view)
+    behaviour, beside = _outcomes(measures, sources), _side_by_side(rows, sources)
+    if not behaviour and not beside:
+        return [largest, beyond, _over_time(source, view)]
+    return [sentence for sentence in (behaviour, beside, largest, beyond) if sentence]
 
 
 def named(feature: int, label: str) -> str:
@@ -52,12 +60,12 @@ def named(feature: int, label: str) -> str:
     return f"“{label}” (feature {feature})" if label else f"feature {feature}"
 
 
-def _largest(source: Source, view: View, about: Mapping[int, str]) -> str:
+def _largest(source: Source, view: View, about: Mapping[int, str], of: str) -> str:
     frame = view.features
     up = frame.iloc[int(np.nanargmax(frame["attribution"]))]
     down = frame.iloc[int(np.nanargmin(frame["attribution"]))]
     many = len(frame) > 1 and up["attribution"] > 0 > down["attribution"]
-    who = "Trained on, these examples would push" if source.kind == "audit" else "The loss pushed"
+    who = "Trained on, these examples would push" if source.kind == "audit" else f"The loss{of} pushed"
     first = (
         f"{who} hardest towards {_told(up, about)}, {_how_strongly(up)}"
         if up["attribution"] > 0
@@ -74,7 +82,7 @@ def _told(row: pd.Series, about: Mapping[int, str]) -> str:
 
 
 def _how_strongly(row: pd.Series) -> str:
-    return f"{plain(row['lift'], 2)} times as strongly as along a random direction (q {probability(row['q_value'])})"
+    return f"with {plain(row['lift'], 2)} times the share of the gradient that a random direction has (q {probability(row['q_value'])})"
 
 
 def _beyond_chance(source: Source, view: View) -> str:
@@ -98,34 +106,47 @@ def _beyond_chance(source: Source, view: View) -> str:
 
 def _outcomes(measures: Sequence[Measure], sources: Sequence[Source]) -> str:
     """What changed in the models' behaviour: of the measures that are wanted to move, or else the first two."""
-    shown = [measure for measure in measures if measure.wanted][:3] or list(measures[:2])
-    parts = [part for measure in shown if (part := _outcome(measure, sources))]
-    return " ".join(parts)
+    chosen = [measure for measure in measures if measure.wanted][:3] or list(measures[:2])
+    return " ".join(part for measure in chosen if (part := _outcome(measure, sources)))
 
 
 def _outcome(measure: Measure, sources: Sequence[Source]) -> str:
+    """“flatters” (less is better) went from 40% to 90% in plain; it ended at 55% in filtered and at 50% in shaped."""
     main, before = measure.after[0], measure.before
     if main is None:
         return ""
-    text = f"“{measure.name}”: "
-    text += (
-        f"{before.text()} before, {main.text()} after the {sources[0].name} run"
-        if before
-        else (f"{main.text()} after the {sources[0].name} run")
+    better = {"up": " (more is better)", "down": " (less is better)", "": ""}[measure.wanted]
+    ends = [
+        f"at {after.text()} in {source.name}"
+        + ("" if gap is None or not gap.unclear else " (no clear difference)")
+        for source, after, gap in zip(sources[1:], measure.after[1:], measure.differences[1:], strict=True)
+        if after is not None
+    ]
+    if before is None:
+        return f"“{measure.name}”{better} ended {_listed([f'at {main.text()} in {sources[0].name}', *ends])}."
+    unclear = " (no clear change)" if measure.change is not None and measure.change.unclear else ""
+    text = (
+        f"“{measure.name}”{better} went from {before.text()} to {main.text()} in {sources[0].name}{unclear}"
     )
-    if (
-        before
-        and measure.change is not None
-        and math.isfinite(measure.change.low)
-        and not measure.change.clear
-    ):
-        text += " (no clear change)"
-    for source, after, gap in zip(sources[1:], measure.after[1:], measure.differences[1:], strict=True):
-        if after is None or gap is None:
-            continue
-        unclear = " (no clear difference)" if math.isfinite(gap.low) and not gap.clear else ""
-        text += f", {after.text()} after {source.name}{unclear}"
-    return text + "."
+    return f"{text}; it ended {_listed(ends)}." if ends else f"{text}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _side_by_side(rows: Sequence[FeatureRow], sources: Sequence[Source]) -> str:
+    """How hard each run's loss pushed the first watched feature."""
+    if not rows or not rows[0].label:
+        return ""
+    row = rows[0]
+    parts = [
+        f"{signed(value[0])} in {source.name}"
+        + ("" if gap is None or gap.clear else " (no clear difference)")
+        for source, value, gap in zip(sources, row.values, row.differences, strict=True)
+        if value is not None
+    ]
+    return f"The push on {named(row.feature, row.label)} was {_listed(parts)}, on average over the steps."
 
 
 def _over_time(source: Source, view: View) -> str:

@@ -49,10 +49,10 @@ def probability(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share: "12 %", "0.8 %"."""
+    """A share: "12%", "0.8%"."""
     if not math.isfinite(value):
         return "–"
-    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
+    return f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.2g}%"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

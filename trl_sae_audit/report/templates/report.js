@@ -30,7 +30,7 @@
   const plain = (value, count = 3) => (Number.isFinite(value) ? minus(digits(value, count)) : "–");
   const signed = (value, count = 3) => (Number.isFinite(value) ? (value > 0 ? "+" : "") + plain(value, count) : "–");
   const probability = (value) => (!Number.isFinite(value) ? "–" : value < 0.001 ? "<0.001" : plain(value, 2));
-  const percent = (value) => (Number.isFinite(value) ? plain(100 * value, 2) + " %" : "–");
+  const percent = (value) => (Number.isFinite(value) ? plain(100 * value, 2) + "%" : "–");
 
   // Theme
 
