@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_sources import HOSTILE, make_dictionary, make_evidence, make_record
 from scipy.stats import binomtest
@@ -47,6 +48,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self._in = tag
+        if tag in ("td", "th", "p", "li"):
+            self.text += " "
         if tag == "script":
             self.scripts.append("")
 
@@ -298,6 +301,46 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, record: Path) -> None:
     foreign = make_record(tmp_path / "foreign", make_dictionary(seed=9))
     text = " ".join(Page(write_report([record, foreign], tmp_path / "page.html")).text.split())
     assert "use another dictionary" in text
+
+
+def test_predicted_beside_realised(tmp_path: Path, record: Path) -> None:
+    generator = np.random.default_rng(0)
+    score = {"r2": [0.6, 0.5, 0.7], "spearman": [0.8, 0.7, 0.9], "precision": [0.5, 0.3, None]}
+    none = {name: [0.01, None, None] for name in score}
+    target = {
+        "prompts": 60,
+        "features": 40,
+        "top_k": 10,
+        "ceiling": 0.9,
+        "scores": {"random": none, "attribution": score},
+    }
+    (tmp_path / "verify.json").write_text(
+        json.dumps({"schema_version": 1, "targets": {"teacher-forced": target}})
+    )
+    realised = generator.normal(size=40)
+    pd.DataFrame(
+        {
+            "feature": range(40),
+            "realised": realised,
+            "attribution": realised,
+            "random": 0.0,
+            "target": "teacher-forced",
+        }
+    ).to_parquet(tmp_path / "verify.parquet")
+    page = Page(write_report(record, tmp_path / "page.html", verified=tmp_path))
+    text = " ".join(page.text.split())
+    assert (
+        "on 60 prompts: the best score, attribution, explains 60% of it (a perfect one would explain 90%)"
+        in text
+    )
+    assert text.index("attribution 0.6 (0.5 to 0.7)") < text.index("random 0.01 (– to –)")
+    path = next(attributes["d"] for tag, attributes in page.tags if attributes.get("class") == "points")
+    points = [tuple(map(float, point.split())) for point in str(path)[1:-2].split("h0M")]
+    assert len(points) == 40
+    assert np.corrcoef(*np.array(points).T)[0, 1] < -0.999  # a line up: y runs down in SVG
+    (tmp_path / "verify.json").write_text('{"schema_version": 2}')
+    with pytest.raises(AuditError, match="schema version 2"):
+        write_report(record, tmp_path / "page.html", verified=tmp_path)
 
 
 def test_evidence_is_read_back_and_refused_when_damaged(tmp_path: Path) -> None:

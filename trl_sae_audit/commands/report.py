@@ -49,6 +49,10 @@ class ReportArguments:
     filtered: str | None = field(
         default=None, metadata={"help": "A directory that filter wrote: adds what was dropped and why."}
     )
+    verified: str | None = field(
+        default=None,
+        metadata={"help": "A directory that verify wrote: adds predicted against realised change."},
+    )
     evidence: int = field(
         default=0,
         metadata={
@@ -103,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
             note=arguments.note,
             audit=audit,
             filtered=arguments.filtered,
+            verified=arguments.verified,
             reload_seconds=arguments.every if going_on else None,
         )
         if not going_on:

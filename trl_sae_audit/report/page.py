@@ -22,10 +22,11 @@ from . import sections, sentences
 from .charts import Drawing
 from .comparison import compare_features, compare_outcomes
 from .curriculum import Map, curriculum_map
-from .filtered import Filtered, read_filtered
+from .filtered import read_filtered
 from .packing import MOST_FEATURES, as_json, base64_floats, card, packed_features
 from .sources import Source, View, open_source, with_audit
 from .text import plain, shown
+from .verified import read_verified
 
 PathLike = str | os.PathLike[str]
 
@@ -41,6 +42,7 @@ def write_report(
     note: str = "",
     audit: PathLike | None = None,
     filtered: PathLike | None = None,
+    verified: PathLike | None = None,
     reload_seconds: float | None = None,
 ) -> Path:
     """Write one self-contained HTML file about run records and audits.
@@ -55,6 +57,7 @@ def write_report(
         audit: directory of an audit of the first run's data with the same dictionary, for what a run cannot know:
             disparity, correlation with length, driving examples.
         filtered: directory that `filter` wrote, to show what was dropped and why.
+        verified: directory that `verify` wrote, to show how well the scores predicted what training did.
         reload_seconds: the page loads itself again that often, for a run that goes on.
 
     Returns:
@@ -67,9 +70,11 @@ def write_report(
     if audit is not None:
         opened[0] = with_audit(opened[0], open_source(audit))
     target = Path(output) if output is not None else opened[0].directory / "report.html"
-    page = _render(
-        opened, title, note, read_filtered(filtered) if filtered is not None else None, reload_seconds
-    )
+    beside = {
+        "filtered": read_filtered(filtered) if filtered is not None else None,
+        "verified": read_verified(verified) if verified is not None else None,
+    }
+    page = _render(opened, title, note, beside, reload_seconds)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_durably(target, page.encode("utf-8"))
@@ -122,7 +127,7 @@ class _Panel:
 
 
 def _render(
-    sources: list[Source], title: str, note: str, filtered: Filtered | None, reload_seconds: float | None
+    sources: list[Source], title: str, note: str, beside: dict[str, Any], reload_seconds: float | None
 ) -> str:
     main = sources[0]
     measures = compare_outcomes(sources)
@@ -152,7 +157,7 @@ def _render(
             (source.name, charts) for source in sources if (charts := sections.shaping_charts(source))
         ],
         "trainer": sections.trainer_charts(main),
-        "filtered": filtered,
+        **beside,
         "facts": [(source.name, sentences.provenance(source)) for source in sources],
         "most_features": MOST_FEATURES,
         "version": __version__,
