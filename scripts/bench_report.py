@@ -120,7 +120,7 @@ def main() -> None:
         "wall s",
         "processor s",
         "MB",
-        "peak memory MiB",
+        "peak memory MiB (with the simulation)",
         "open ms",
         "worst frame of a scroll ms",
         "sort ms",

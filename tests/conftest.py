@@ -56,6 +56,7 @@ ONCE = {
     "test_record.py",
     "test_report.py",
     "test_report_browser.py",
+    "test_report_data.py",
     "test_scorer.py",
     "test_statistics.py",
     "test_terminal.py",

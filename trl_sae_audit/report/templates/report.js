@@ -19,7 +19,12 @@
 
   // Numbers
 
-  const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer;
+  function bytes(text) {
+    const binary = atob(text);
+    const made = new Uint8Array(binary.length);
+    for (let place = 0; place < binary.length; place += 1) made[place] = binary.charCodeAt(place);
+    return made.buffer;
+  }
   const floats = (text) => new Float32Array(bytes(text));
   const minus = (text) => text.replace("-", "−");
   function digits(value, count) {
@@ -101,15 +106,15 @@
     };
     const rows = [];
     for (let row = 0; row < from.count; row += 1) if (matches(row)) rows.push(row);
-    const values = state.sort === "size" ? from.columns.attribution.map(Math.abs)
-      : state.sort === "feature" ? from.feature : from.columns[state.sort];
+    state.rows = rows;
+    if (state.sort === "size") return; // as they come
+    const values = state.sort === "feature" ? from.feature : from.columns[state.sort];
     const sign = state.ascending ? 1 : -1;
     rows.sort((a, b) => {
       const [x, y] = [values[a], values[b]];
       if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
       return sign * (x - y) || a - b;
     });
-    state.rows = rows;
   }
 
   function sortBy(name) {
