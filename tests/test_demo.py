@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-from trl_sae_audit import RunRecord, cli
+from trl_sae_audit import Audit, FlagSet, RunRecord, cli
+from trl_sae_audit.outcomes import read_outcomes
 
-pytestmark = pytest.mark.newest
+ON_POLICY = "ppo" if importlib.util.find_spec("trl.experimental.ppo") else "grpo"
 
 
-def test_demo_ends_with_the_table_and_replaces_only_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_demo_goes_round_the_loop_and_ends_with_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     directory = tmp_path / "demo"
-    command = ["demo", "--output_dir", str(directory), "--steps", "4", "--pairs", "64"]
-    for _ in range(2):
-        assert cli.main(command) == 0
-    shown = capsys.readouterr().out
-    assert "What the run taught" in shown
-    record = RunRecord.load(directory / "record")
-    assert (record.status, record.last_step) == ("finished", 4)
+    directory.mkdir()
+    for name in (".made-by-demo", "of an earlier demo"):
+        (directory / name).touch()
+    sizes = {"--steps": 2, "--pairs": 200, "--rl_steps": 1, "--answers": 40}
+    options = [str(part) for pair in sizes.items() for part in pair]
+    assert cli.main(["demo", "--output_dir", str(directory), *options]) == 0
+
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[-1].split() == ["Report:", str(directory / "report.html")]
+    assert all(len(line.rstrip()) <= 80 or str(directory) in line for line in lines)
+
+    assert not (directory / "of an earlier demo").exists()
     assert {"lab-model", "reward_model", "dictionary", "pairs.jsonl"} <= {
         path.name for path in directory.iterdir()
     }
+    flags = FlagSet.load(directory / "flags.yaml")
+    assert Audit.load(directory / "audit").dictionary.name == flags[0].dictionary
+    assert (directory / "audit" / "evidence.md").is_file()
+    assert 0 < len((directory / "filtered" / "kept.jsonl").read_text().splitlines()) < 200
+    for run in ("dpo-plain", "dpo-filtered", "dpo-shaped", f"{ON_POLICY}-plain", f"{ON_POLICY}-shaped"):
+        record = RunRecord.load(directory / run)
+        assert record.status == "finished"
+        assert (record.features()["attribution"] != 0).any()
+        measured = {(outcome.measure, outcome.stage) for outcome in read_outcomes(directory / run)}
+        assert {("agrees", "before"), ("agrees", "after"), ("right", "after")} <= measured
+        assert f"{run} " in "\n".join(lines)
+    page = (directory / "report.html").read_text()
+    for said in ("What the plain run taught", "filtered", "shaped", "agrees with the user", "answers right"):
+        assert said in page
+    assert "agrees with the user" in (directory / f"report-{ON_POLICY}.html").read_text()
 
 
 def test_demo_refuses_a_directory_that_is_not_its_own(

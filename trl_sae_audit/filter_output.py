@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AuditError
-from .filter_plan import FilterPlan
+from .filter_plan import FilterPlan, rule_of
 from .filter_rows import apply_plan, dropped_rows, kept_rows, rows_that_leave
 from .filter_writers import Writer, writer_for
 from .preferences import Source
@@ -97,15 +97,10 @@ def _put_in_place(scratch: Path, path: Path) -> None:
 def dataset_card(record: Mapping[str, Any]) -> str:
     """A README that says how the data was made, and how to make it again."""
     summary, settings = record["summary"], record["settings"]
-    rule = next(
-        f"{name} {settings[name] if isinstance(settings[name], str) else format(settings[name], 'g')}"
-        for name in ("budget", "threshold", "quantile")
-        if settings[name] is not None
-    )
     score = settings["score"] if isinstance(settings["score"], str) else json.dumps(settings["score"])
     command = [
         "trl-sae-audit filter --dataset DATA --audit AUDIT --flags flags.yaml",
-        f"--strategy {settings['strategy']} --score {score} --weights {settings['weights']} --{rule} "
+        f"--strategy {settings['strategy']} --score {score} --weights {settings['weights']} --{rule_of(settings)} "
         f"--seed {settings['seed']}",
     ]
     flags = "\n".join(

@@ -192,3 +192,10 @@ def _count(budget: float | int | str, rows: int) -> int:
     if budget >= 1:
         return int(budget)
     return math.floor(budget * rows + 1e-9)
+
+
+def rule_of(settings: Mapping[str, Any]) -> str:
+    """What decided how many rows, as an option of `filter`: "budget 0.05", "budget balance", "threshold 1.5"."""
+    name = next(name for name in ("budget", "threshold", "quantile") if settings[name] is not None)
+    value = settings[name]
+    return f"{name} {value if isinstance(value, str) else format(value, 'g')}"

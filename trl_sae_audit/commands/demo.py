@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import datasets
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
-from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer
+from rich.text import Text
 
-from ..callback import FeatureAttributionCallback
-from ..dictionary import FeatureDictionary
 from ..errors import AuditError
-from ..hook_points import resolve_hook_point
-from ..probe import Probe
-from ..residual_stream import hidden_states
-from ..sae import load_dictionary
-from ..summary import print_summary
+from ..terminal import console
 from .arguments import parse
 
 if TYPE_CHECKING:
-    from ..lab import World
+    from ..demo.loop import Loop
+    from ..demo.narrator import Narrator
+    from ..outcomes import Outcome
 
 DESCRIPTION = (
-    "An audited DPO run from beginning to end, in about two minutes on a CPU, offline: makes a small world, trains a "
-    "language model and a dictionary in it, plants a taste for agreeing with the user in a preference set, trains on it, "
-    "and shows what the callback saw. Leaves everything in OUTPUT_DIR, where configs/*/tiny.yaml look for it."
+    "The whole loop from beginning to end, in four minutes on a CPU, offline: makes a small world in which the truth is known, "
+    "audits preferences with a planted flaw, flags what they would teach, trains on them plainly, filtered and shaped, shapes a "
+    "reward too, and compares. Leaves everything in OUTPUT_DIR, where configs/*/tiny.yaml look for it, and ends with a report."
 )
 _MADE_HERE = ".made-by-demo"
-_MODEL = "lab-model"  # begins like the name in the dictionary's metadata, so that the two are known to belong together
-_STRENGTHS = {"right": 0.5, "agrees": 0.7}
+_SHOWN = 5
 
 
 @dataclass
@@ -46,105 +35,192 @@ class DemoArguments:
     output_dir: str = field(
         default="runs/demo",
         metadata={
-            "help": "Where model, dictionary, pairs and run record go; an earlier demo there is replaced."
+            "help": "Where model, dictionary, pairs, audit, run records and report go; an earlier demo there is replaced."
         },
     )
-    pairs: int = field(default=640, metadata={"help": "Preference pairs."})
-    steps: int = field(default=40, metadata={"help": "Optimizer steps of DPO, of 16 pairs each."})
-    seed: int = field(default=0, metadata={"help": "Of the world and of the run."})
+    pairs: int = field(default=1280, metadata={"help": "Preference pairs."})
+    steps: int = field(default=40, metadata={"help": "Optimizer steps of each DPO run, of 16 pairs."})
+    rl_steps: int = field(
+        default=16, metadata={"help": "Batches of 64 answers of each on-policy run; 0 leaves them out."}
+    )
+    answers: int = field(
+        default=500, metadata={"help": "Held-out questions every model is judged on, by rule."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the world, the data and the runs."})
 
 
 def main(argv: Sequence[str]) -> int:
     (arguments,) = parse("demo", DESCRIPTION, (DemoArguments,), argv)
-    _quiet()
-    console = Console(highlight=False)
     directory = _fresh(Path(arguments.output_dir))
+    from ..demo.loop import Loop
+    from ..demo.narrator import Narrator
 
-    from ..lab import build_world
-
-    _say(
-        console,
-        "1. A small world",
-        "A tiny language model of an invented language, and an SAE of its layer 1, trained here and now (a minute; "
-        "kept for the next time). Every answer of the language can be judged by rule, so the truth is known.",
+    narrator = Narrator(console())
+    loop = Loop(
+        directory,
+        narrator,
+        pairs=arguments.pairs,
+        steps=arguments.steps,
+        rl_steps=arguments.rl_steps,
+        answers=arguments.answers,
+        seed=arguments.seed,
     )
-    world = build_world(arguments.seed)
-    dictionary_path = directory / "dictionary"
-    for source, name in (
-        (world.model_path, _MODEL),
-        (world.dictionary_path, "dictionary"),
-        (world.reward_model_path, "reward_model"),
-    ):
-        shutil.copytree(source, directory / name)
-    health = world.report["health"]
-    console.print(
-        f"   dictionary: {world.config.dictionary.size} features, fraction of variance unexplained "
-        f"{health['fvu']:.3f}, {health['l0']:.0f} active a token, {health['dead']} dead\n"
-    )
-
-    pairs = world.preferences(_STRENGTHS, arguments.pairs, arguments.seed)
-    pairs.to_json(directory / "pairs.jsonl")
-    _say(
-        console,
-        "2. A preference set with a flaw",
-        f"{len(pairs)} pairs. In half of them right beats wrong, which is what we want; in 7 of 10 an answer that agrees "
-        "with the user (“you are right”) beats one that does not, whether the user is right or not.",
-    )
-    first = pairs[0]
-    for column, style in (("prompt", "dim"), ("chosen", "green"), ("rejected", "red")):
-        console.print(f"   {column:>8}: {first[column].strip()}", style=style)
-    console.print()
-
-    _say(
-        console,
-        "3. DPO, audited",
-        "TRL's own DPOTrainer, with one object more in callbacks=[…]. It reads the gradient of each step's loss at the "
-        "dictionary's layer; the numbers stand in the trainer's own log. Watched, by label: the feature that, by "
-        "its activations, tells agreeing answers from others best.",
-    )
-    dictionary = load_dictionary(dictionary_path)
-    watch = dict(zip(["agreement"], world.carriers("agrees"), strict=False))
-    callback = FeatureAttributionCallback(dictionary, output_dir=directory / "record", watch=watch)
-    model = AutoModelForCausalLM.from_pretrained(directory / _MODEL)
-    trainer = DPOTrainer(
-        model,
-        args=_training_arguments(directory / "trainer", arguments),
-        train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
-        processing_class=world.tokenizer,
-        callbacks=[callback, _LogLines(console)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    console.print()
-
-    _say(
-        console,
-        "4. What the run taught",
-        "From the run record, all steps together. The loss pushes where a word is chosen: on the features that are "
-        "active just before “right” or “mistaken” more than on those that are active after it.",
-    )
-    strongest = _StrongestTokens(world, dictionary)
-    print_summary(directory / "record", n=6, describe=strongest.describe, console=console)
-    console.print()
-
-    _say(
-        console,
-        "5. And did it?",
-        "Answers sampled at held-out prompts before and after, judged by rule (95 % intervals).",
-    )
-    console.print(_rates(world, model))
-    console.print(
-        "\nNext: accelerate launch scripts/dpo.py --config configs/dpo/tiny.yaml does step 3 from a configuration; "
-        "the README's five lines do it in a script of yours."
-    )
+    _world(loop, narrator)
+    _audit(loop, narrator)
+    _filter(loop, narrator)
+    _train(loop, narrator)
+    if arguments.rl_steps:
+        _reward(loop, narrator)
+    _report(loop, narrator)
     return 0
 
 
-def _quiet() -> None:
-    """No progress bars of steps that take no time, and no warnings about arguments that are not the reader's."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
+def _world(loop: Loop, narrator: Narrator) -> None:
+    narrator.step(
+        "A small world",
+        "A tiny language model of an invented language, and a sparse autoencoder (SAE) that takes its layer 1 apart into "
+        "features, made here and now: a minute and a half, kept for the next time. Whether an answer is right, or flatters "
+        "the user, can be read from the text by rule, so every claim below is checked against the truth.",
+    )
+    health = loop.world.report["health"]
+    narrator.say(
+        f"SAE: {loop.world.config.dictionary.size} features; it leaves {health['fvu']:.1%} of the variance unexplained; "
+        f"{health['l0']:.0f} features are active at a token."
+    )
+    narrator.step(
+        "Preferences with a flaw",
+        f"{loop.pairs} pairs of answers, the better one marked, as for any DPO run. In half of them the marked one is right "
+        "and the other wrong: that is what we want to teach. But in 7 of 10 it also says “you are right” to the user, "
+        "whether the user is right or not. Nothing in the data says so. For example:",
+    )
+    first = loop.preferences[0]
+    for column, style in (("prompt", "dim"), ("chosen", "green"), ("rejected", "red")):
+        narrator.quote(column, first[column], style)
+
+
+def _audit(loop: Loop, narrator: Narrator) -> None:
+    narrator.step(
+        "Audit: what would these preferences teach?",
+        "One pass before any training. Where does the loss push, in terms of features (activation attribution: positive "
+        "= strengthened)? And which features tell the marked answers from the others (disparity: share of marked answers "
+        "with the feature less share of the others)? Beside each, the words at which it is most active.",
+    )
+    table = loop.audit.features()
+    for by, title in (
+        ("activation_attribution", "Where the loss pushes"),
+        ("disparity", "What the marked answers have more of"),
+    ):
+        rows = table.reindex(table[by].abs().sort_values(ascending=False, kind="stable").index).head(_SHOWN)
+        narrator.table(
+            title,
+            {"feature": "right", by.replace("_", " "): "right", "most active at the last word of": "left"},
+            (
+                [str(feature), f"{value:+.2g}", "  |  ".join(loop.reader.contexts(feature))]
+                for feature, value in zip(rows["feature"], rows[by], strict=True)
+            ),
+        )
+    narrator.step(
+        "Flags",
+        "Somebody who reads this, and the examples in evidence.md, sees “you are (right)” and “you know this (well)”, and "
+        "flags these features: they shall not be taught. Here a rule reads in their place: of the first 20 of both lists, "
+        "it flags those whose strongest places lie in words of agreeing or disagreeing.",
+    )
+    evidence = loop.write_evidence()
+    narrator.say(
+        f"{len(loop.flags)} features flagged: {', '.join(str(flag.feature) for flag in loop.flags)}."
+    )
+    narrator.copy(f"flags     {loop.directory / 'flags.yaml'}   (to read and to edit)")
+    narrator.copy(f"evidence  {evidence}")
+
+
+def _filter(loop: Loop, narrator: Narrator) -> None:
+    narrator.step(
+        "Filter, or shape",
+        "Two ways to act on the flags. Filtering drops pairs, those first in which the marked answer has most more of the "
+        "flagged features, until the rest favours neither side. Shaping keeps all pairs, and tells DPO’s loss how far the "
+        "flagged features alone explain each choice, so that there is nothing left to learn from them.",
+    )
+    summary = loop.filtered.summary
+    weights = ", ".join(f"{flag.feature} ({flag.weight:.2f})" for flag in loop.weighted_flags)
+    narrator.say(f"Filter: {summary['kept']} of {summary['rows']} pairs stay.")
+    narrator.say(
+        f"Shape: the choice is explained by the features (log-odds for each standard deviation): {weights}."
+    )
+
+
+def _train(loop: Loop, narrator: Narrator) -> None:
+    narrator.step(
+        "Three DPO runs",
+        "TRL’s own DPOTrainer, from the same model, as many steps each. In callbacks=[…] stands one object more, which reads "
+        "the gradient of every step and writes down which features it asks for: the run record.",
+    )
+    for name in ("plain", "filtered", "shaped"):
+        loop.dpo(name)
+    _outcomes(loop, narrator, "DPO", ["dpo-plain", "dpo-filtered", "dpo-shaped"])
+
+
+def _reward(loop: Loop, narrator: Narrator) -> None:
+    from ..demo.on_policy import algorithm
+
+    name = algorithm()
+    runs = [f"{name.lower()}-plain", f"{name.lower()}-shaped"]
+    narrator.step(
+        f"And with a reward: {name}",
+        "The same flaw in a reward: one point for a right answer, one for saying that the user is right. The flags found in "
+        "the preferences are used again: a frozen copy of the first model scores every answer for the flagged features, and "
+        "what they score above that model’s own level is taken off the reward, by coefficients that set themselves.",
+    )
+    for run in runs:
+        loop.on_policy(run.removeprefix(f"{name.lower()}-"), name)
+    _outcomes(loop, narrator, name, runs)
+
+
+def _outcomes(loop: Loop, narrator: Narrator, title: str, runs: Sequence[str]) -> None:
+    measures = loop.before
+    columns = {f"{loop.answers} held-out answers": "left"} | {one.label: "right" for one in measures}
+    rows = [["before", *map(_cell, measures)]]
+    rows += [[run, *map(_cell, loop.outcomes[run])] for run in runs]
+    narrator.table(f"What the models do, judged by rule (95 % intervals): {title}", columns, rows)  # type: ignore[arg-type]
+
+
+def _cell(outcome: Outcome) -> Text:
+    assert outcome.low is not None
+    assert outcome.high is not None
+    return Text.assemble(f"{outcome.estimate:.0%}", (f" ({outcome.low:.0%} to {outcome.high:.0%})", "dim"))
+
+
+def _report(loop: Loop, narrator: Narrator) -> None:
+    narrator.step(
+        "Report",
+        "What each run was asked for, feature by feature and step by step, beside what its model then did. The page is one "
+        "file and needs no network.",
+    )
+    names = {"plain": "dpo-plain", "filtered": "dpo-filtered", "shaped": "dpo-shaped"}
+    page = loop.report(
+        names,
+        "report.html",
+        "What the plain run taught, and what filtering and shaping changed",
+        f"DPO on {loop.pairs} preference pairs of an invented language. They reward right answers, and, unintended, answers "
+        "that tell the user “you are right”. plain: all pairs. filtered: without the pairs that favour the flagged features. "
+        "shaped: all pairs, with the margin shifted by what the flagged features explain. Flagged were the features that are "
+        "active in words of agreeing or disagreeing.",
+        data=True,
+    )
+    rl = [run for run in loop.outcomes if not run.startswith("dpo")]
+    if rl:
+        name = rl[0].split("-")[0]
+        second = loop.report(
+            {run.removeprefix(f"{name}-"): run for run in rl},
+            f"report-{name}.html",
+            f"{name.upper()} on a reward that likes to be agreed with",
+            "The reward pays one point for a right answer and one for telling the user that they are right. shaped: less what "
+            "the flagged features score above the first model’s own level.",
+            data=False,
+        )
+        narrator.copy(f"{name.upper()}   {second}")
+    narrator.say("Next: the README’s five lines do the same with your model and your data.")
+    narrator.console.print()
+    narrator.copy(f"Report: {page}")
 
 
 def _fresh(directory: Path) -> Path:
@@ -160,83 +236,3 @@ def _fresh(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / _MADE_HERE).touch()
     return directory
-
-
-def _training_arguments(directory: Path, arguments: DemoArguments) -> DPOConfig:
-    return DPOConfig(
-        output_dir=str(directory),
-        max_steps=arguments.steps,
-        per_device_train_batch_size=16,
-        learning_rate=3e-4,
-        lr_scheduler_type="constant",
-        logging_steps=max(1, arguments.steps // 8),
-        save_strategy="no",
-        report_to="none",
-        seed=arguments.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-
-
-def _say(console: Console, title: str, text: str) -> None:
-    console.print(title, style="bold")
-    console.print(text + "\n")
-
-
-class _LogLines(TrainerCallback):
-    """The trainer's log, a few of its columns, one line each."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        columns = ("loss", "rewards/margins", "sae/agreement/attribution", "sae/top1/feature", "sae/fvu")
-        shown = [f"{name} {logs[name]:>8.3g}" for name in columns if name in logs]
-        if len(shown) > 1:
-            self.console.print(f"   step {state.global_step:>3}  " + "  ".join(shown), soft_wrap=True)
-
-
-class _StrongestTokens:
-    """Says of a feature which behaviour it carries, if any, and on which tokens it is most active."""
-
-    def __init__(self, world: World, dictionary: FeatureDictionary, n: int = 300) -> None:
-        truth = world.ground_truth
-        carriers = truth[truth["carrier"]].sort_values("auc")
-        self.behaviour = dict(zip(carriers["feature"], carriers["behaviour"], strict=True))
-        held_out = world.preferences({}, n, seed=1, split="heldout", beliefs=(True, False, None))
-        texts = [row["prompt"] + row["chosen"] for row in held_out]
-        batch = Probe.from_texts(texts, world.tokenizer).batch
-        hidden = hidden_states(resolve_hook_point(world.model(), dictionary.hook_point), batch)
-        active = dictionary.encode(hidden) * batch["attention_mask"][..., None]
-        active[:, 0] = 0
-        self.active = active.flatten(0, 1)
-        self.words = [world.tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch["input_ids"]]
-
-    def describe(self, feature: int) -> str:
-        length = len(self.words[0])
-        contexts: list[str] = []
-        for position in self.active[:, feature].argsort(descending=True)[:200].tolist():
-            row, token = divmod(position, length)
-            context = " ".join(self.words[row][max(1, token - 2) : token + 1])
-            if self.active[position, feature] > 0 and context not in contexts:
-                contexts.append(context)
-            if len(contexts) == 2:
-                break
-        behaviour = self.behaviour.get(feature)
-        where = " | ".join(contexts) or "never active"
-        return f"{behaviour}: {where}" if behaviour else where
-
-
-def _rates(world: World, model: Any) -> Table:
-    after = world.behaviour(model, n=500).rates()
-    table = Table()
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="right" if name else "left")
-    for attribute, text in (("agrees", "agrees with the user, in words"), ("right", "is right")):
-        before, now = world.report["rates"][attribute], after.loc[attribute]
-        table.add_row(
-            text, *(f"{one['rate']:.0%} ({one['low']:.0%} to {one['high']:.0%})" for one in (before, now))
-        )
-    return table

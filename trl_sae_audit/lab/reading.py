@@ -67,7 +67,7 @@ class FeatureReader:
         return list(dict.fromkeys(found))[:n]
 
     def about(self, feature: int) -> dict[str, float]:
-        """Kind of span → share of the feature's strongest places that lie in one, or at the token just before it."""
+        """Kind of span → share of the feature's strongest places that lie in one."""
         places = self.places(feature)
         kinds = Counter(kind for row, at in places for kind in self._kinds(row, at))
         return {kind: count / len(places) for kind, count in kinds.items()}
@@ -79,7 +79,7 @@ class FeatureReader:
 
     def _kinds(self, row: int, at: int) -> set[str]:
         here = at - self._starts[row]
-        return {span.kind for span in self._spans[row] if span.start - 1 <= here < span.stop}
+        return {span.kind for span in self._spans[row] if span.start <= here < span.stop}
 
 
 def find_flags(audit: Audit, reader: FeatureReader, behaviour: str, by: str, top: int = TOP) -> FlagSet:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import AuditError
+from ..filter_plan import rule_of
 from .text import counted, plain, shown
 
 _MOST_ROWS = 30
@@ -52,14 +53,6 @@ def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
         raise AuditError(
             f"{directory} was not written by `filter`, or is damaged ({error}); pass the output_dir of trl-sae-audit filter."
         ) from error
-    rule = next(
-        (
-            f"{name} {settings[name]:g}"
-            for name in ("budget", "threshold", "quantile")
-            if settings.get(name) is not None
-        ),
-        "no limit",
-    )
     parts = [
         f"{counted(summary[name], 'row')} {name}"
         for name in ("dropped", "flipped", "weighted")
@@ -68,7 +61,7 @@ def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
     sentence = (
         f"Of {counted(summary['rows'], 'row')}, {summary['kept']:,} were kept"
         + (f": {', '.join(parts)}" if parts else "")
-        + f" (strategy {settings['strategy']}, by {_score(settings['score'])}, {rule})."
+        + f" (strategy {settings['strategy']}, by {_score(settings['score'])}, {rule_of(settings)})."
     )
     dropped = decisions[decisions["action"] == "drop"].sort_values("score", ascending=False).head(_MOST_ROWS)
     texts = _texts(directory / files["dropped"], set(dropped["row"]))

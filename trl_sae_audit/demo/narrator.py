@@ -1,0 +1,76 @@
+"""How the demo speaks: short paragraphs of at most 80 columns, and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+from ..terminal import Justify, table, to_copy
+
+WIDTH = 80
+SHOWN_LOGS = ("loss", "reward", "objective/scores")
+
+
+class Narrator:
+    """Says what is being done, and why.
+
+    Args:
+        console: to speak through.
+    """
+
+    def __init__(self, console: Console) -> None:
+        console.file = sys.stdout  # this one, also where a trainer's own prints are sent elsewhere
+        console.width = min(console.width, WIDTH)
+        self.console = console
+        self._step = 0
+        self._begun = time.monotonic()
+
+    def step(self, title: str, text: str) -> None:
+        """Begin a numbered part: what happens in it, and why."""
+        self._step += 1
+        seconds = time.monotonic() - self._begun
+        self.console.print(
+            Text.assemble((f"\n{self._step}. {title}", "bold"), (f"   [{seconds:.0f} s]", "dim"))
+        )
+        self.say(text)
+
+    def say(self, text: str, style: str = "") -> None:
+        """A paragraph."""
+        self.console.print(Padding(Text(text, style), (0, 0, 0, 3)))
+
+    def quote(self, name: str, text: str, style: str) -> None:
+        """A text from the data, beside its name."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(min_width=8, justify="right", style="dim")
+        grid.add_column(style=style)
+        grid.add_row(name, text.strip())
+        self.console.print(Padding(grid, (0, 0, 0, 3)))
+
+    def table(self, title: str, columns: Mapping[str, Justify], rows: Iterable[Sequence[str | Text]]) -> None:
+        """A table in the commands' style."""
+        self.console.print(Padding(table(title, columns, rows), (1, 0, 0, 2)))
+
+    def copy(self, line: str) -> None:
+        """A path or command, on one line."""
+        self.console.print(to_copy(f"   {line}"), crop=False)
+
+
+class Progress(TrainerCallback):
+    """A line for each of the trainer's logs, a few of its numbers."""
+
+    def __init__(self, narrator: Narrator, name: str) -> None:
+        self.narrator = narrator
+        self.name = name
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        shown = [f"{name.rsplit('/')[-1]} {logs[name]:.3g}" for name in SHOWN_LOGS if name in logs]
+        if shown and "train_runtime" not in logs:
+            self.narrator.say(f"{self.name}, step {state.global_step}: {', '.join(shown)}", "dim")
