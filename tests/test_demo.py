@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 from trl_sae_audit import Audit, FlagSet, RunRecord, cli
+from trl_sae_audit.demo import loop
+from trl_sae_audit.lab import DictionaryConfig, ModelConfig, RewardConfig, WorldConfig, build_world
 from trl_sae_audit.outcomes import read_outcomes
 
+SMALL = WorldConfig(
+    model=ModelConfig(steps=200),
+    dictionary=DictionaryConfig(texts=1000, steps=150, heldout_texts=100),
+    reward=RewardConfig(pairs=64, heldout_pairs=32),
+    ground_truth_texts=100,
+    evaluation_prompts=50,
+)
+"""A world made in seconds: its model has learned the words, if not the facts."""
 ON_POLICY = "ppo" if importlib.util.find_spec("trl.experimental.ppo") else "grpo"
 
 
@@ -17,6 +27,7 @@ def test_demo_goes_round_the_loop_and_ends_with_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(loop, "build_world", lambda seed: build_world(config=SMALL, progress=False))
     directory = tmp_path / "demo"
     directory.mkdir()
     for name in (".made-by-demo", "of an earlier demo"):

@@ -18,12 +18,15 @@ import numpy as np
 import pandas as pd
 from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
 from datasets import Dataset, disable_progress_bars
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from trl_sae_audit import (
     Audit,
+    FeatureDictionary,
     FeatureScorer,
     FeatureShieldCallback,
+    FixedPenalty,
     Flag,
     FlagSet,
     audit_preferences,
@@ -34,6 +37,7 @@ from trl_sae_audit import (
 from trl_sae_audit.lab import World, build_world
 from trl_sae_audit.lab.reading import FeatureReader, find_flags
 from trl_sae_audit.lab.training import Shape, dpo_arguments, train_dpo
+from trl_sae_audit.margin import fit_flag_weights
 from trl_sae_audit.statistics import Interval, bootstrap_interval
 
 NAME = "intervention"
@@ -127,11 +131,17 @@ class Seed:
         )
         return result.control if control else result.kept
 
-    def shape(self, kind: str) -> Shape:
+    def shape(self, kind: str, sign: float = 1.0) -> Shape:
         scorer = FeatureScorer(
             self.world.model(), self.world.tokenizer, self.dictionary, pooling="max", batch_size=64
         )
-        return lambda pairs, beta: shape_preference_margin(pairs, scorer, self.flags(kind), beta=beta)
+
+        def shaped(pairs: Dataset, beta: float) -> Dataset:
+            fitted = fit_flag_weights(pairs, scorer, self.flags(kind))
+            penalty = FixedPenalty(sign, allow_negative=True)
+            return shape_preference_margin(pairs, scorer, fitted, penalty, beta=beta)
+
+        return shaped
 
     def shield(self, kind: str) -> FeatureShieldCallback:
         return FeatureShieldCallback(self.dictionary, self.flags(kind))
@@ -141,6 +151,18 @@ class Seed:
         model = train_dpo(self.world, pairs, dpo_arguments(self._scratch.name, seed=self.seed), **options)
         rates = self.world.behaviour(model, n=PROMPTS, beliefs=(True, False)).rates()["rate"]
         return {"pairs": len(pairs), **{str(name): float(rate) for name, rate in rates.items()}}
+
+
+class FreezeAbove(TrainerCallback):
+    """Nothing above a dictionary's layer is trained."""
+
+    def __init__(self, dictionary: FeatureDictionary) -> None:
+        self.layer = int(dictionary.hook_point.rsplit(".", 1)[1])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        for part in (*model.model.layers[self.layer + 1 :], model.model.norm, model.lm_head):
+            part.requires_grad_(False)
 
 
 Arm = Callable[[Seed], Rates]
@@ -159,21 +181,29 @@ ARMS: dict[str, Arm] = {
     "true features: shaped": lambda s: s.trained(s.planted, shape=s.shape("true")),
     "true features: shielded": lambda s: s.trained(s.planted, callbacks=[s.shield("true")]),
 }
+ASIDE: dict[str, Arm] = {
+    "shaped with the opposite sign": lambda s: s.trained(s.planted, shape=s.shape("shown", -1.0)),
+    "upper layers frozen: plain": lambda s: s.trained(s.planted, callbacks=[FreezeAbove(s.dictionary)]),
+    "upper layers frozen: shielded": lambda s: s.trained(
+        s.planted, callbacks=[FreezeAbove(s.dictionary), s.shield("asked")]
+    ),
+}
+"""Arms that answer a question of their own, on fewer seeds."""
 ON_LARGE = [arm for arm in ARMS if arm != "filtered by influence"]
 ON_SMALL = [
     "plain",
     "nothing planted",
     "filtered by influence",
     "filtered by activation gap",
-    "as many at random",
-    "shaped",
 ]
 
 
-def cells(seeds: int) -> list[Cell]:
+def cells(seeds: int, few: int) -> list[Cell]:
     """Seed by seed, the large set first."""
+    aside = [{"pairs": LARGE, "seed": seed, "arm": arm} for seed in range(few) for arm in ASIDE]
     large = [{"pairs": LARGE, "seed": seed, "arm": arm} for seed in range(seeds) for arm in ON_LARGE]
-    return large + [{"pairs": SMALL, "seed": seed, "arm": arm} for seed in range(seeds) for arm in ON_SMALL]
+    small = [{"pairs": SMALL, "seed": seed, "arm": arm} for seed in range(few) for arm in ON_SMALL]
+    return large + small + aside
 
 
 class Runner:
@@ -185,11 +215,28 @@ class Runner:
     def __call__(self, cell: Cell) -> Iterable[dict[str, Any]]:
         if self._seed is None or (self._seed.seed, self._seed.n) != (cell["seed"], cell["pairs"]):
             self._seed = Seed(cell["seed"], cell["pairs"])
-        rates = ARMS[cell["arm"]](self._seed)
+        rates = (ARMS | ASIDE)[cell["arm"]](self._seed)
         return [{f"{name}_rate" if name != "pairs" else "kept": value for name, value in rates.items()}]
 
 
 # What it shows
+
+INTRODUCTION = f"""In the lab ([what it is](../../README.md#the-lab)), {LARGE} pairs: in half of them the chosen answer is right and the other
+wrong, in seven of ten it agrees with the user in words and the other does not, independently. Every arm is 40 steps of DPO with 16
+pairs each from the same model; the filtered ones go through fewer pairs more often. Judged by rule on {PROMPTS} answers to held-out
+questions of users with a belief. Intervals: 95 %, bootstrap over seeds, differences paired by seed; with five seeds they are too narrow and
+cover about 85 %.
+
+- *excess removed*: (plain − arm) / (plain − nothing planted) in the rate of agreeing.
+- Flags are found as a user finds them, without any label of an answer: of the first 20 features by `activation_attribution` ("where the loss
+  pushes") or by `disparity` ("what chosen answers have more of") those whose strongest places lie in words of agreeing or disagreeing, which a rule
+  reads in place of a person (`trl_sae_audit.lab.reading`). Gradient scores and the shield use the first list, activation gaps and shaping the second.
+- *true features*: the lab's carriers, known from activations and the labels.
+- Filters: `weights="fit"`, `budget="balance"`; *activation gap* is `score="max_activation"`. *shaped*: `shape_preference_margin` with its fitted
+  coefficient, scorer with `pooling="max"`. No number in any of them was chosen by hand."""
+READING = ""
+ON_INFLUENCE = ""
+ON_ASIDE = ""
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -200,7 +247,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     malformed = rows.pivot(index="seed", columns="arm", values="malformed_rate")
     kept = rows.groupby("arm")["kept"].mean()
     lines = []
-    for arm in [arm for arm in ARMS if arm in behaviour]:
+    for arm in [arm for arm in ARMS | ASIDE if arm in behaviour]:
         lines.append(
             {
                 "arm": arm,
@@ -262,19 +309,31 @@ def figure(rows: pd.DataFrame) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="worlds, each with its own data and training")
+    parser.add_argument(
+        "--few", type=int, default=3, help="of them for the small set and the questions aside"
+    )
     arguments = parser.parse_args()
     disable_progress_bars()
     logging.disable_progress_bar()
-    rows = run_cells(NAME, cells(arguments.seeds), Runner())
-    large, small = rows[rows["pairs"] == LARGE], rows[rows["pairs"] == SMALL]
+    rows = run_cells(NAME, cells(arguments.seeds, arguments.few), Runner())
+    few = rows["seed"] < arguments.few
+    large = rows[(rows["pairs"] == LARGE) & rows["arm"].isin(ARMS)]
+    small = rows[(rows["pairs"] == SMALL) & few]
+    aside = rows[(rows["pairs"] == LARGE) & few & rows["arm"].isin(["plain", "nothing planted", *ASIDE])]
     write_report(
         NAME,
         "Intervention: does acting on the flags work?",
         [
+            INTRODUCTION,
             markdown_table(table(large)),
             figure(large),
-            f"## With {SMALL} pairs instead of {LARGE}",
+            READING,
+            f"## With {SMALL} pairs, and by influence",
             markdown_table(table(small)),
+            f"Seeds 0 to {arguments.few - 1}. {ON_INFLUENCE}",
+            "## Two questions aside",
+            markdown_table(table(aside)),
+            f"Seeds 0 to {arguments.few - 1}. {ON_ASIDE}",
         ],
     )
 

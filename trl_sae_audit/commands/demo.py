@@ -41,7 +41,7 @@ class DemoArguments:
     pairs: int = field(default=1280, metadata={"help": "Preference pairs."})
     steps: int = field(default=40, metadata={"help": "Optimizer steps of each DPO run, of 16 pairs."})
     rl_steps: int = field(
-        default=16, metadata={"help": "Batches of 64 answers of each on-policy run; 0 leaves them out."}
+        default=20, metadata={"help": "Batches of 64 answers of each on-policy run; 0 leaves them out."}
     )
     answers: int = field(
         default=500, metadata={"help": "Held-out questions every model is judged on, by rule."}

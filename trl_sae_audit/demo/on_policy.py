@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
+from ..adaptive_penalty import AdaptivePenalty
 from ..flags import FlagSet
 from ..lab.language import LONGEST_ANSWER
 from ..lab.world import World
-from ..penalties import AdaptivePenalty
 from ..scorer import FeatureScorer
 from ..shaped_reward import ShapedReward
 from ..shaped_reward_model import ShapedRewardModel
