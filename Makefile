@@ -1,4 +1,4 @@
-# make demo   an audited training run to look at
+# make demo   the whole loop on a small model, with a report to look at
 # make docs   the documentation as a site, in site/
 # make test   every check, with the newest TRL and with the last one that has PPO
 # All set up what they need, in .venv and .venv-ppo; PYTHON=python3.12 chooses another Python.
