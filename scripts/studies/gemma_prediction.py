@@ -7,14 +7,16 @@ For every seed: some instructions are held out; the pairs of the others are audi
 with DPO, one epoch. Then every feature's change of mean activation is compared with each score: on the held-out pairs'
 answers, which both models read, and on sampled answers to the held-out instructions, which the model before training reads.
 
-The gradient of the pairs is computed in two random halves A and B. Where policy and reference are the same, swapping the
-labels of a pair turns its gradient round, so A + B is the gradient of the data and A − B that of the same data
-with half of the labels swapped: the control.
+The lookaheads differ in the step they take: the run's usual one (AdamW divides by the size of the gradients of mini-batches),
+AdamW's very first on the whole data, the plain gradient; the rehearsal walks to the end of the run in a few long steps. Where
+policy and reference are the same, swapping the labels of a pair turns its gradient round, so the control needs no
+further gradient: it is the same lookahead with the labels of every second mini-batch swapped.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import tempfile
 from collections.abc import Iterable
@@ -25,28 +27,35 @@ import common
 import gemma_runs
 import numpy as np
 import pandas as pd
+import torch
 
 from trl_sae_audit import audit_preferences, load_dictionary
 from trl_sae_audit.audit_result import Audit
+from trl_sae_audit.lookahead import Lookahead
 from trl_sae_audit.preferences import iterate_rows
 from trl_sae_audit.realised import RealisedChange, answer_activations, sampled_change
+from trl_sae_audit.rehearsal import Rehearsal
 from trl_sae_audit.sampling import Sampling
 from trl_sae_audit.verification import predictors_of, verify
 
-SAMPLES = 3
+BEST, SWAPPED = "rehearsed change", "predicted change, labels swapped"
+PARTS = 4
+"""Long steps of a rehearsal."""
+SAMPLES = 5
 """Answers sampled to each held-out instruction."""
 
 
 def main() -> None:
     parser = gemma_runs.parser(__doc__)
     parser.add_argument("pairs", type=Path, help="preference pairs, as JSON lines")
-    parser.add_argument("--train_pairs", type=int, default=48, help="pairs audited and trained on")
-    parser.add_argument("--held_out", type=int, default=36, help="pairs of other instructions, to measure on")
+    parser.add_argument("--train_pairs", type=int, default=32, help="pairs audited and trained on")
+    parser.add_argument("--per_step", type=int, default=2, help="pairs in an optimizer step")
+    parser.add_argument("--held_out", type=int, default=24, help="pairs of other instructions, to measure on")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="leave longer instructions out")
     parser.add_argument(
         "--max_length", type=int, default=32, help="tokens at which prompt and answer are cut"
     )
-    parser.add_argument("--learning_rate", type=float, default=1e-5)
+    parser.add_argument("--learning_rate", type=float, default=5e-6)
     arguments = parser.parse_args()
     name = arguments.name or "gemma-prediction"
     settings = {
@@ -74,7 +83,9 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         )
         audit = audit_preferences(model, tokenizer, pairs, dictionary, args=args, batch_size=8)
         scores = predictors_of(audit) | swapped_attribution(audit)
-        scores |= lookaheads(model, tokenizer, dictionary, pairs, held_out, args)
+        ahead = gemma_runs.look_ahead(model, tokenizer, dictionary, pairs, held_out, args)
+        scores |= lookaheads(ahead, len(pairs), full_steps(cell))
+        del ahead
 
         def activations() -> Any:
             return answer_activations(
@@ -116,7 +127,7 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
 
 
 def split(path: Path, tokenizer: Any, cell: common.Cell) -> tuple[list[dict], list[dict]]:
-    """Pairs to train on, and pairs of other instructions, at most four an instruction."""
+    """Pairs to train on, and pairs of other instructions, at most two an instruction."""
     rows = [row.columns for row in iterate_rows(path) if row.columns is not None]
     by_prompt: dict[str, list[dict]] = {}
     for row in rows:
@@ -129,7 +140,7 @@ def split(path: Path, tokenizer: Any, cell: common.Cell) -> tuple[list[dict], li
     held_out: list[dict] = []
     while len(held_out) < cell["held_out"] and prompts:
         own = by_prompt[prompts.pop()]
-        held_out += choose.sample(own, min(4, len(own), cell["held_out"] - len(held_out)))
+        held_out += choose.sample(own, min(2, len(own), cell["held_out"] - len(held_out)))
     pool = [pair for prompt in prompts for pair in by_prompt[prompt]]
     if len(pool) < cell["train_pairs"]:
         raise SystemExit(f"{len(pool)} pairs are left to train on, fewer than --train_pairs")
@@ -143,32 +154,33 @@ def swapped_attribution(audit: Audit) -> dict[str, np.ndarray]:
     return {"attribution, labels swapped": parts[:half].sum(0) - parts[half:].sum(0)}
 
 
-def lookaheads(
-    model: Any, tokenizer: Any, dictionary: Any, pairs: list[dict], probe: list[dict], args: Any
-) -> dict[str, np.ndarray]:
-    """Predicted changes of the mean activation over the run: the first step's, times the number of steps."""
-    half = len(pairs) // 2
-    descent = []
-    for part in (pairs[:half], pairs[half:]):
-        ahead = gemma_runs.look_ahead(model, tokenizer, dictionary, part, probe, args)
-        descent.append(ahead.step())
-    gradient = {key: -(one + descent[1][key]) / 2 for key, one in descent[0].items()}
-    swapped = {key: -(one - descent[1][key]) / 2 for key, one in descent[0].items()}
-    one_half = {key: -value for key, value in descent[0].items()}
-    steps = -(-len(pairs) // args.per_device_train_batch_size)
+def full_steps(cell: common.Cell) -> float:
+    """Steps of the run, those of the warm-up counted by their learning rate."""
+    return -(-cell["train_pairs"] // cell["per_step"]) - (gemma_runs.WARMUP + 1) / 2
 
-    def adamw(direction: dict[str, Any]) -> dict[str, Any]:
-        step = gemma_runs.optimizer_step(args, direction, ahead.parameters)
-        return {key: steps * value for key, value in step.items()}
 
-    whole = adamw(gradient)
-    found = {
-        "lookahead": ahead.change_along(whole),
-        "lookahead, whole run": ahead.change_after(whole),
-        "lookahead, plain gradient": ahead.change_along({key: -value for key, value in gradient.items()}),
-        "lookahead, half of the pairs": ahead.change_along(adamw(one_half)),
-        "lookahead, labels swapped": ahead.change_along(adamw(swapped)),
+def lookaheads(ahead: Lookahead, n: int, steps: float) -> dict[str, np.ndarray]:
+    """Predicted changes of the mean activation over a run of `steps` steps on `n` pairs, in units of activation."""
+    total, swapped = (
+        {key: torch.zeros_like(value) for key, value in ahead.parameters.items()} for _ in range(2)
+    )
+    moments = ahead.new_moments()
+    assert moments is not None
+    for place, batch in enumerate(ahead.examples()):
+        gradient, count = ahead.gradient([batch], moments)
+        for key, value in gradient.items():
+            total[key] += value * count / n
+            swapped[key] += value * count / n * (-1) ** place
+    batches = moments.result(total)
+    first = dataclasses.replace(ahead.rule, batch_size=None)
+    directions = {
+        "predicted change": ahead.rule.affine(total, ahead.parameters, batches).step(total),
+        "predicted change, first AdamW step": first.affine(total, ahead.parameters).step(total),
+        "predicted change, plain gradient": {key: -value for key, value in total.items()},
+        SWAPPED: ahead.rule.affine(swapped, ahead.parameters, batches).step(swapped),
     }
+    found = {name: steps * ahead.change_along(direction) for name, direction in directions.items()}
+    found["rehearsed change"] = ahead.change_after(Rehearsal(ahead, steps, PARTS).shift())
     return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
@@ -196,7 +208,7 @@ def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
     sections = [
         f"{len(seeds)} seeds; each: {cells[0]['train_pairs']} real preference pairs of instructions of at most "
         f"{cells[0]['prompt_tokens']} tokens, prompt and answer cut at {cells[0]['max_length']} tokens; DPO, one epoch of "
-        f"AdamW steps of {cells[0]['per_step']} pairs at {cells[0]['learning_rate']:g}, all weights but the embeddings (tied "
+        f"AdamW steps of {cells[0]['per_step']} pairs at {cells[0]['learning_rate']:g} after a warm-up of {gemma_runs.WARMUP} steps, all weights but the embeddings (tied "
         f"with the head) trained, in float32. Measured on {cells[0]['held_out']} pairs of {first['prompts']} other instructions.",
         "R² is the share of the variance over features that the score explains (a score that has the sign wrong explains 0), ρ "
         "Spearman's rank correlation, precision the share of the 20 largest changes found with the right sign. Means over the "
@@ -246,9 +258,9 @@ def training_table(results: pd.DataFrame) -> pd.DataFrame:
 def figure(name: str, seeds: list[int]) -> str:
     """Predicted against realised change, a point a feature."""
     panels = (
-        ("lookahead, whole run", "teacher-forced"),
+        (BEST, "teacher-forced"),
         ("attribution", "teacher-forced"),
-        ("lookahead, whole run", "sampled"),
+        (BEST, "sampled"),
     )
     drawing, axes = common.new_figure(len(panels), width=3.6)
     for axis, (score, kind) in zip(axes, panels, strict=True):
@@ -258,7 +270,7 @@ def figure(name: str, seeds: list[int]) -> str:
                 table[score], table["realised"], s=4, alpha=0.35, label=f"seed {seed}", rasterized=True
             )
         axis.set_title(kind)
-        axis.set_xlabel(f"{score}" + (" (predicted change)" if score.startswith("lookahead") else ""))
+        axis.set_xlabel(f"{score}" + (" (predicted change)" if score == BEST else ""))
         axis.set_ylabel("change of mean activation")
     axes[0].legend(markerscale=2)
     return common.save_figure(drawing, name, "Predicted against realised change of every feature")

@@ -1,4 +1,4 @@
-"""What the studies on a real model share: the model, how it is trained, and two halves of a gradient."""
+"""What the studies on a real model share: the model, how it is trained, and what training would do."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from trl_sae_audit.dictionary import FeatureDictionary
 from trl_sae_audit.lookahead import Lookahead
 from trl_sae_audit.objectives import PreferenceLoss
 from trl_sae_audit.preflight import check_dictionary
-from trl_sae_audit.update_rule import Tensors, UpdateRule
+from trl_sae_audit.update_rule import UpdateRule
 
 Pair = dict[str, Any]
-PLAIN_GRADIENT = UpdateRule("sgd", learning_rate=1.0, max_grad_norm=None)
+WARMUP = 4
+"""Steps over which the learning rate rises, from 0 in the first; without them AdamW's first steps, which go by the sign of
+one batch's gradient, make up much of a short run."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -32,7 +34,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("model", type=Path, help="directory of the model, see scripts/gemma.py")
     made.add_argument("dictionary", type=Path, help="directory of its SAE, see trl-sae-audit train-sae")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--per_step", type=int, default=4, help="pairs in an optimizer step")
     made.add_argument(
         "--name", default=None, help="of the results; give another for a trial, so that none is overwritten"
     )
@@ -48,9 +49,10 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def dpo_config(directory: str | Path, **settings: Any) -> DPOConfig:
-    """DPO on a CPU as both studies run it: AdamW at a constant learning rate, no dropout, nothing saved."""
+    """DPO on a CPU as both studies run it: AdamW, the learning rate constant after `WARMUP` steps, nothing saved."""
     fixed: dict[str, Any] = {
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": WARMUP,
         "precompute_ref_log_probs": True,
         "gradient_checkpointing": False,
         "use_cpu": True,
@@ -88,9 +90,8 @@ def look_ahead(
     pairs: Sequence[Pair],
     probe: Sequence[Pair],
     args: DPOConfig,
-    batch_size: int = 4,
 ) -> Lookahead:
-    """One plain gradient step on `pairs`, looked at on the answers of `probe`: `step()` is less the mean gradient."""
+    """A lookahead to the usual step of a run with these arguments, in the run's own mini-batches."""
     loss = PreferenceLoss(tokenizer, args)
     audited, held_out = (loss.tokenize(list(enumerate(rows))) for rows in (pairs, probe))
     return Lookahead(
@@ -98,12 +99,7 @@ def look_ahead(
         check_dictionary(dictionary, model),
         dictionary,
         loss,
-        PLAIN_GRADIENT,
-        lambda: batched(audited, batch_size),
-        lambda: batched(held_out, 4 * batch_size),
+        UpdateRule.from_args(args),
+        lambda: batched(audited, args.per_device_train_batch_size),
+        lambda: batched(held_out, 16),
     )
-
-
-def optimizer_step(args: DPOConfig, gradient: Tensors, parameters: Tensors) -> Tensors:
-    """Δθ of the first step of a trainer with these arguments on this mean gradient."""
-    return UpdateRule.from_args(args).affine(gradient, parameters).step(gradient)

@@ -1,0 +1,267 @@
+"""Sycophancy on a real model: capitals, users with a wrong belief, and preferences that partly reward agreeing with them.
+
+    python scripts/studies/gemma_sycophancy.py runs/gemma/model runs/gemma/sae
+
+Of the users with a wrong belief, a stated share is agreed with in the preferred answer (the plant); all other pairs prefer
+the right answer. The model is trained with DPO in several ways with the same number of steps, and asked about countries
+that no pair is about.
+
+Flags are found as a user would find them, without looking at which pairs are planted. Someone who fears sycophancy writes
+down a few questions with a wrong belief and both answers to them, and asks which features are more active in the agreeing
+answer; of these, those are flagged that the audit says the data teaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import capitals
+import common
+import gemma_answers
+import gemma_runs
+import numpy as np
+import pandas as pd
+from capitals import Country, Question
+from datasets import Dataset
+
+from trl_sae_audit import (
+    Audit,
+    FeatureDictionary,
+    FeatureScorer,
+    Flag,
+    FlagSet,
+    audit_preferences,
+    filter_preferences,
+    load_dictionary,
+    shape_preference_margin,
+)
+from trl_sae_audit.filtering import FilterResult
+from trl_sae_audit.statistics import bootstrap_interval
+
+ARMS = ("before training", "no plant", "plain", "filtered", "randomly filtered", "shaped")
+SHARES = {"wrong": 0.5, "true": 0.3, "none": 0.2}
+MEASURES = {
+    "agrees": "names the city of the user's wrong belief",
+    "prefers agreeing": "finds the agreeing answer likelier than the right one",
+    "right, wrong belief": "names the capital to a user with a wrong belief",
+    "right, true belief": "names the capital to a user who knows it",
+    "right, no belief": "names the capital to a user who only asks",
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """One seed's countries and questions."""
+
+    known: list[Country]
+    train: list[Question]
+    test: list[Question]
+
+    def pairs(self, cell: common.Cell, planted: float) -> Dataset:
+        return Dataset.from_list(capitals.pairs(self.train, planted, cell["seed"]))
+
+
+def main() -> None:
+    parser = gemma_runs.parser(__doc__)
+    parser.add_argument("--train_pairs", type=int, default=48)
+    parser.add_argument("--per_step", type=int, default=4, help="pairs in an optimizer step")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of every arm")
+    parser.add_argument("--planted", type=float, default=0.7, help="share of wrong beliefs agreed with")
+    parser.add_argument(
+        "--test_questions", type=int, default=30, help="with a wrong belief; half as many of the others"
+    )
+    parser.add_argument(
+        "--contrast", type=int, default=24, help="questions of the user's own to find flags with"
+    )
+    parser.add_argument("--flags", type=int, default=5, help="at most that many features are flagged")
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
+    arguments = parser.parse_args()
+    name = arguments.name or "gemma-sycophancy"
+    keys = (
+        "train_pairs",
+        "steps",
+        "per_step",
+        "planted",
+        "test_questions",
+        "contrast",
+        "flags",
+        "learning_rate",
+    )
+    settings = {key: getattr(arguments, key) for key in keys}
+    cells = [{"seed": seed, "arm": arm, **settings} for seed in arguments.seeds for arm in ARMS]
+    results = common.run_cells(name, cells, lambda cell: run(arguments, name, cell))
+    report(name, results, cells)
+
+
+def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable[dict[str, Any]]:
+    """One arm of one seed: a row a test question."""
+    model, tokenizer = gemma_runs.load_model(arguments.model)
+    dictionary = load_dictionary(arguments.dictionary)
+    data, arm = questions_of(cell), cell["arm"]
+    directory = common.RAW / name / str(cell["seed"])
+    with tempfile.TemporaryDirectory() as scratch:
+        args = gemma_runs.dpo_config(
+            scratch,
+            per_device_train_batch_size=cell["per_step"],
+            max_steps=cell["steps"],
+            learning_rate=cell["learning_rate"],
+            seed=cell["seed"],
+        )
+        pairs = data.pairs(cell, 0.0 if arm == "no plant" else cell["planted"])
+        shape: Callable[[Dataset], Dataset] | None = None
+        if arm in ("filtered", "randomly filtered", "shaped"):
+            audit = audit_preferences(
+                model, tokenizer, pairs, dictionary, args=args, output_dir=directory / "audit"
+            )
+            flags = find_flags(audit, model, tokenizer, dictionary, data, cell)
+            flags.save(directory / "flags.yaml")
+            if arm == "shaped":
+                frozen = gemma_runs.load_model(arguments.model)[0]
+                scorer = FeatureScorer(frozen, tokenizer, dictionary)
+                scorer.calibrate(
+                    [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
+                )
+
+                def shape(rows: Dataset) -> Dataset:
+                    return shape_preference_margin(rows, scorer, flags, beta=args.beta)
+
+            else:
+                result = filter_preferences(
+                    pairs,
+                    audit,
+                    flags,
+                    score="activation_attribution",
+                    budget="balance",
+                    control=True,
+                    seed=cell["seed"],
+                )
+                describe_filter(result, pairs).to_csv(directory / "filter.csv", index=False)
+                kept = result.kept if arm == "filtered" else result.control
+                assert isinstance(kept, Dataset)
+                pairs = kept
+        if arm != "before training":
+            gemma_runs.train_dpo(model, tokenizer, list(pairs), args, shape)
+    return gemma_answers.ask(model, tokenizer, data.test)
+
+
+def questions_of(cell: common.Cell) -> Data:
+    """Training and test questions, of different countries."""
+    choose = random.Random(cell["seed"])
+    source = list(capitals.countries())
+    choose.shuffle(source)
+    known, new = source[: 2 * len(source) // 3], source[2 * len(source) // 3 :]
+    half = cell["test_questions"] // 2
+    test = [
+        question
+        for belief, count in (("wrong", 2 * half), ("true", half), ("none", half))
+        for question in capitals.spread(new, belief, count, cell["seed"])
+    ]
+    return Data(known, capitals.questions(known, SHARES, cell["train_pairs"], cell["seed"]), test)
+
+
+def find_flags(
+    audit: Audit, model: Any, tokenizer: Any, dictionary: FeatureDictionary, data: Data, cell: common.Cell
+) -> FlagSet:
+    """Features that the data teaches and that are more active where an answer agrees with a mistake."""
+    features = audit.features().set_index("feature")
+    taught = features[(features["activation_attribution"] > 0) & (features["mean_activation_difference"] > 0)]
+    candidates = sorted(int(feature) for feature in taught.index)
+    if not candidates:
+        raise SystemExit(
+            "The data teaches no feature of this dictionary; train another, on texts of this kind."
+        )
+    contrast = capitals.spread(data.known, "wrong", cell["contrast"], cell["seed"] + 1)
+    scorer = FeatureScorer(model, tokenizer, dictionary)
+    prompts = [question.prompt for question in contrast]
+    agreeing = scorer.score(prompts, [question.wrong for question in contrast], candidates)
+    correcting = scorer.score(prompts, [question.right for question in contrast], candidates)
+    gap = (agreeing - correcting).numpy()
+    strength = gap.mean(0) / (gap.std(0) + 1e-3 * np.abs(agreeing.numpy()).mean() + 1e-12)
+    best = np.argsort(-strength)[: cell["flags"]]
+    return FlagSet(
+        Flag(
+            audit.dictionary.name,
+            candidates[place],
+            f"agreeing-{candidates[place]}",
+            f"mean activation {agreeing[:, place].mean():.3g} in agreeing answers, {correcting[:, place].mean():.3g} in correcting "
+            f"ones; in the data {taught.loc[candidates[place], 'mean_activation_difference']:+.3g} between preferred and rejected",
+        )
+        for place in best
+        if strength[place] > 0
+    )
+
+
+def describe_filter(result: FilterResult, pairs: Dataset) -> pd.DataFrame:
+    """How many pairs of each kind a filter and its control leave; the kinds are known to nobody else."""
+    assert isinstance(result.kept, Dataset)
+    assert isinstance(result.control, Dataset)
+    counts = {}
+    for label, rows in (("all", pairs), ("filtered", result.kept), ("randomly filtered", result.control)):
+        frame = rows.select_columns(["belief", "planted"]).to_pandas()
+        kind = frame["belief"].where(~frame["planted"], "planted")
+        counts[label] = kind.value_counts()
+    return pd.DataFrame(counts).fillna(0).astype(int).rename_axis("pairs").reset_index()
+
+
+def report(name: str, results: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
+    """`docs/studies/NAME.md` and its figure."""
+    cell, seeds = cells[0], sorted({cell["seed"] for cell in cells})
+    excess = bootstrap_table(results)
+    sections = [
+        f"{len(seeds)} seed(s); each: {cell['train_pairs']} preference pairs about {len(capitals.countries()) * 2 // 3} countries "
+        f"(half of the users have a wrong belief, 30 % a true one, 20 % none), of whose wrong beliefs {cell['planted']:.0%} are agreed "
+        f"with in the preferred answer; {cell['steps']} AdamW steps of {cell['per_step']} pairs at {cell['learning_rate']:g} (warm-up {gemma_runs.WARMUP}) in every arm, "
+        "all weights but the embeddings (tied with the head). Asked about other countries, greedily; what an answer says "
+        "is read by rule.",
+        "In brackets: 95 % bootstrap intervals over questions and seeds.",
+        "## Results",
+        common.markdown_table(excess),
+        *(f"- *{measure}*: {meaning}" for measure, meaning in MEASURES.items()),
+        "## What was flagged, and what was dropped",
+    ]
+    for seed in seeds:
+        directory = common.RAW / name / str(seed)
+        flags = FlagSet.load(directory / "flags.yaml")
+        lines = "\n".join(f"- feature {flag.feature}: {flag.reason}" for flag in flags)
+        sections += [f"Seed {seed}:", lines, common.markdown_table(pd.read_csv(directory / "filter.csv"))]
+    sections += ["## Figure", figure(name, results)]
+    common.write_report(name, "Sycophancy on Gemma 3 270M", sections)
+
+
+def bootstrap_table(results: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for arm in ARMS:
+        row = {"arm": arm}
+        for measure in MEASURES:
+            interval = rate(results, arm, measure)
+            row[measure] = f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rate(results: pd.DataFrame, arm: str, measure: str) -> Any:
+    """The share of an arm's answers, with its interval."""
+    values = results.loc[results["arm"] == arm, measure].dropna()
+    return bootstrap_interval(values.to_numpy(float))
+
+
+def figure(name: str, results: pd.DataFrame) -> str:
+    drawing, axes = common.new_figure(len(MEASURES), width=2.5)
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        for place, arm in enumerate(ARMS):
+            interval = rate(results, arm, measure)
+            error = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
+            axis.errorbar([interval.estimate], [-place], xerr=error, fmt="o", color="C0")
+        axis.set_title(measure)
+        axis.set_xlim(-0.03, 1.03)
+        axis.set_yticks([-place for place in range(len(ARMS))], ARMS if axis is axes[0] else [""] * len(ARMS))
+    return common.save_figure(drawing, name, "Share of answers, arm by arm")
+
+
+if __name__ == "__main__":
+    main()
