@@ -7,16 +7,15 @@ For every seed: some instructions are held out; the pairs of the others are audi
 with DPO, one epoch. Then every feature's change of mean activation is compared with each score: on the held-out pairs'
 answers, which both models read, and on sampled answers to the held-out instructions, which the model before training reads.
 
-The lookaheads differ in the step they take: the run's usual one (AdamW divides by the size of the gradients of mini-batches),
-AdamW's very first on the whole data, the plain gradient; the rehearsal walks to the end of the run in a few long steps. Where
-policy and reference are the same, swapping the labels of a pair turns its gradient round, so the control needs no
-further gradient: it is the same lookahead with the labels of every second mini-batch swapped.
+The lookahead takes the run's usual step (AdamW divides by the size of the gradients of mini-batches) as often as the run
+has steps; the rehearsal walks to the end of the run in a few long steps. Where policy and reference are the same, swapping the
+labels of a pair turns its gradient round, so the control needs no further gradient: it is the same lookahead with the
+labels of every second mini-batch swapped.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import tempfile
 from collections.abc import Iterable
@@ -41,16 +40,16 @@ from trl_sae_audit.verification import predictors_of, verify
 BEST, SWAPPED = "rehearsed change", "predicted change, labels swapped"
 PARTS = 4
 """Long steps of a rehearsal."""
-SAMPLES = 5
+SAMPLES = 4
 """Answers sampled to each held-out instruction."""
 
 
 def main() -> None:
     parser = gemma_runs.parser(__doc__)
     parser.add_argument("pairs", type=Path, help="preference pairs, as JSON lines")
-    parser.add_argument("--train_pairs", type=int, default=32, help="pairs audited and trained on")
+    parser.add_argument("--train_pairs", type=int, default=24, help="pairs audited and trained on")
     parser.add_argument("--per_step", type=int, default=2, help="pairs in an optimizer step")
-    parser.add_argument("--held_out", type=int, default=24, help="pairs of other instructions, to measure on")
+    parser.add_argument("--held_out", type=int, default=20, help="pairs of other instructions, to measure on")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="leave longer instructions out")
     parser.add_argument(
         "--max_length", type=int, default=32, help="tokens at which prompt and answer are cut"
@@ -172,11 +171,8 @@ def lookaheads(ahead: Lookahead, n: int, steps: float) -> dict[str, np.ndarray]:
             total[key] += value * count / n
             swapped[key] += value * count / n * (-1) ** place
     batches = moments.result(total)
-    first = dataclasses.replace(ahead.rule, batch_size=None)
     directions = {
         "predicted change": ahead.rule.affine(total, ahead.parameters, batches).step(total),
-        "predicted change, first AdamW step": first.affine(total, ahead.parameters).step(total),
-        "predicted change, plain gradient": {key: -value for key, value in total.items()},
         SWAPPED: ahead.rule.affine(swapped, ahead.parameters, batches).step(swapped),
     }
     found = {name: steps * ahead.change_along(direction) for name, direction in directions.items()}

@@ -68,15 +68,15 @@ class Data:
 
 def main() -> None:
     parser = gemma_runs.parser(__doc__)
-    parser.add_argument("--train_pairs", type=int, default=48)
+    parser.add_argument("--train_pairs", type=int, default=40)
     parser.add_argument("--per_step", type=int, default=4, help="pairs in an optimizer step")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of every arm")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of every arm")
     parser.add_argument("--planted", type=float, default=0.7, help="share of wrong beliefs agreed with")
     parser.add_argument(
         "--test_questions", type=int, default=30, help="with a wrong belief; half as many of the others"
     )
     parser.add_argument(
-        "--contrast", type=int, default=24, help="questions of the user's own to find flags with"
+        "--contrast", type=int, default=16, help="questions of the user's own to find flags with"
     )
     parser.add_argument("--flags", type=int, default=5, help="at most that many features are flagged")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
