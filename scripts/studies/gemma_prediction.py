@@ -83,28 +83,28 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         audit = audit_preferences(model, tokenizer, pairs, dictionary, args=args, batch_size=8)
         scores = predictors_of(audit) | swapped_attribution(audit)
         ahead = gemma_runs.look_ahead(model, tokenizer, dictionary, pairs, held_out, args)
-        scores |= lookaheads(ahead, len(pairs), full_steps(cell))
-        del ahead
+        rehearsal = Rehearsal(ahead, full_steps(cell), PARTS)
+        scores |= lookaheads(ahead, rehearsal, len(pairs))
 
-        def activations() -> Any:
-            return answer_activations(
-                model, tokenizer, dictionary, held_out, max_length=cell["max_length"], progress=True
+        base, _ = gemma_runs.load_model(arguments.model)
+        prompts = [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in held_out)]
+
+        def written(luck: int) -> RealisedChange:
+            sampling = Sampling(SAMPLES, cell["max_length"] - cell["prompt_tokens"], seed=luck)
+            return sampled_change(
+                base, model, tokenizer, dictionary, prompts, sampling=sampling, batch_size=48
             )
 
+        def activations() -> Any:
+            return answer_activations(model, tokenizer, dictionary, held_out, max_length=cell["max_length"])
+
+        # with other random numbers than below, or both would share the noise of the answers before
+        with rehearsal.moved():
+            scores["rehearsed sampled change"] = written(1000 + cell["seed"]).change
+        del ahead, rehearsal
         before = activations()
         log = gemma_runs.train_dpo(model, tokenizer, pairs, args)
-        given = RealisedChange("teacher-forced", before, activations())
-    base, _ = gemma_runs.load_model(arguments.model)
-    sampled = sampled_change(
-        base,
-        model,
-        tokenizer,
-        dictionary,
-        [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in held_out)],
-        sampling=Sampling(SAMPLES, cell["max_length"] - cell["prompt_tokens"], seed=cell["seed"]),
-        batch_size=48,
-        progress=True,
-    )
+        given, sampled = RealisedChange("teacher-forced", before, activations()), written(cell["seed"])
     rows: list[dict[str, Any]] = []
     for realised in (given, sampled):
         found = verify(scores, realised, seed=cell["seed"])
@@ -158,8 +158,8 @@ def full_steps(cell: common.Cell) -> float:
     return -(-cell["train_pairs"] // cell["per_step"]) - (gemma_runs.WARMUP + 1) / 2
 
 
-def lookaheads(ahead: Lookahead, n: int, steps: float) -> dict[str, np.ndarray]:
-    """Predicted changes of the mean activation over a run of `steps` steps on `n` pairs, in units of activation."""
+def lookaheads(ahead: Lookahead, rehearsal: Rehearsal, n: int) -> dict[str, np.ndarray]:
+    """Predicted changes of the mean activation over the whole run, on `n` pairs, in units of activation."""
     total, swapped = (
         {key: torch.zeros_like(value) for key, value in ahead.parameters.items()} for _ in range(2)
     )
@@ -175,8 +175,8 @@ def lookaheads(ahead: Lookahead, n: int, steps: float) -> dict[str, np.ndarray]:
         "predicted change": ahead.rule.affine(total, ahead.parameters, batches).step(total),
         SWAPPED: ahead.rule.affine(swapped, ahead.parameters, batches).step(swapped),
     }
-    found = {name: steps * ahead.change_along(direction) for name, direction in directions.items()}
-    found["rehearsed change"] = ahead.change_after(Rehearsal(ahead, steps, PARTS).shift())
+    found = {name: rehearsal.steps * ahead.change_along(direction) for name, direction in directions.items()}
+    found["rehearsed change"] = ahead.change_after(rehearsal.shift())
     return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
@@ -256,7 +256,7 @@ def figure(name: str, seeds: list[int]) -> str:
     panels = (
         (BEST, "teacher-forced"),
         ("attribution", "teacher-forced"),
-        (BEST, "sampled"),
+        ("rehearsed sampled change", "sampled"),
     )
     drawing, axes = common.new_figure(len(panels), width=3.6)
     for axis, (score, kind) in zip(axes, panels, strict=True):
