@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from report_sources import HOSTILE, make_dictionary, make_evidence, make_record
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 
 from trl_sae_audit import AuditError, RunRecord, cli
 from trl_sae_audit.evidence_files import FILE as EVIDENCE
@@ -25,7 +26,9 @@ from trl_sae_audit.report.charts import Line, draw, thinned, ticks
 from trl_sae_audit.report.comparison import difference_of_estimates
 from trl_sae_audit.report.curriculum import curriculum_map, png_bytes
 from trl_sae_audit.report.packing import as_json, packed_features
-from trl_sae_audit.report.text import percent, probability, shown, signed
+from trl_sae_audit.report.sections import head_table
+from trl_sae_audit.report.sources import open_source
+from trl_sae_audit.report.text import percent, plain, probability, shown, signed
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +189,37 @@ def test_all_features_are_packed_as_they_are(record: Path) -> None:
     assert (np.diff(np.abs(values)) <= 0).all()
     frame.loc[frame["attribution"].abs().idxmin(), "label"] = "kept"
     assert packed_features(frame, most=10)["count"] == 11
+
+
+def test_the_tables_say_what_the_features_say(record: Path) -> None:
+    source = open_source(record)
+    table = head_table(source, source.views[0])
+    features = RunRecord.load(record).features().set_index("feature")
+    rows = [*table.gained, *table.lost]
+    assert [row.feature for row in table.gained] == list(
+        features[features["attribution"] > 0].nlargest(10, "attribution").index
+    )
+    for row in rows:
+        values = features.loc[row.feature]
+        degrees = values["degrees_of_freedom"]
+        margin = float(student_t.ppf(0.975, degrees)) * values["standard_error"]
+        assert row.attribution == signed(values["attribution"])
+        assert row.margin == f"{margin:.2g}"
+        assert (row.whisker.middle > row.whisker.zero) == (values["attribution"] > 0)
+        assert row.whisker.high - row.whisker.middle == pytest.approx(
+            row.whisker.middle - row.whisker.low, abs=0.02
+        )
+        assert row.is_clear == (values["q_value"] < 0.05)
+        assert row.trend_is_clear == (values["trend_q_value"] < 0.05)
+        assert row.trend.startswith("↗" if values["trend_tau"] > 0 else "↘")
+        assert row.cells == [
+            percent(values["share"]),
+            plain(values["lift"], 2),
+            signed(values["chosen"]),
+            signed(values["rejected"]),
+        ]
+    assert {row.trend_is_clear for row in rows} == {True, False}
+    assert {row.is_clear for row in rows} == {True, False}
 
 
 def test_the_map_puts_what_moves_together_together() -> None:

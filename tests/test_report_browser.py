@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 from report_sources import HOSTILE, make_dictionary, make_evidence, make_record
 
@@ -181,6 +182,22 @@ def test_it_fits_and_follows_the_theme(open_page, viewport: dict[str, int], sche
     box = page.locator("#card").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= viewport["width"]
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser, page_path: Path, viewport: dict[str, int], scheme: str) -> None:
+    """Deque's axe, with everything unfolded, and with a card open."""
+    context = browser.new_context(viewport=viewport, color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(page_path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    found = [Axe().run(page)]
+    page.locator("table.head button.open").first.click()
+    found.append(Axe().run(page))
+    context.close()
+    assert all(len(each.response["passes"]) > 25 for each in found)
+    assert [each.generate_report() for each in found if each.violations_count] == []
 
 
 def test_colours_can_be_read() -> None:

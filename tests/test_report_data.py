@@ -10,11 +10,11 @@ from report_sources import make_record
 from test_report import Page
 from worlds import make_dictionary, make_model, make_tokenizer, pairs
 
-from trl_sae_audit import AuditError, Flag, FlagSet, RunRecord, audit_preferences, filter_preferences
+from trl_sae_audit import Audit, AuditError, Flag, FlagSet, RunRecord, audit_preferences, filter_preferences
 from trl_sae_audit.evidence_files import read_evidence
 from trl_sae_audit.report import write_report
 from trl_sae_audit.report.gathering import gather_for
-from trl_sae_audit.report.sources import open_source
+from trl_sae_audit.report.sources import open_source, with_audit
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,11 @@ def test_a_run_gets_its_examples_and_its_disparity(world) -> None:
     assert {feature for _, feature in found} == {3, *largest.iloc[:2], *largest.iloc[-2:]}
     page = Page(path)
     assert "length corr. disparity" in " ".join(page.text.split())
+    joined = with_audit(open_source(run), open_source(audit)).views[0].features.set_index("feature")
+    own = Audit.load(audit).features().set_index("feature").loc[joined.index]
+    for column in ("disparity", "length_correlation"):
+        assert joined[column].to_numpy() == pytest.approx(own[column].to_numpy(), nan_ok=True)
+    assert joined["length_correlation"].nunique() > 2
     card = page.data["dictionaries"][0]["evidence"]["3"]
     evidence = found[(dictionary.name, 3)]
     assert card["promotes"] == evidence.promotes

@@ -264,7 +264,7 @@
     const spans = answer.tokens.map((token, place) => {
       const part = values[place] / largest;
       const colour = kind === "activation" ? "var(--r2)" : part > 0 ? "var(--up)" : "var(--down)";
-      const strength = Math.round(60 * Math.abs(part));
+      const strength = Math.round(44 * Math.abs(part));
       return element("span", { style: strength ? `background:color-mix(in srgb, ${colour} ${strength}%, transparent)` : "",
         title: `activation ${plain(answer.activation[place])}, attribution ${signed(answer.attribution_of[place])}` }, spaced(answer.tokens, place));
     });
