@@ -179,7 +179,6 @@ ARMS: dict[str, Arm] = {
     "filtered and shaped": lambda s: s.trained(s.filtered("shown", "max_activation"), shape=s.shape("shown")),
     "true features: filtered by activation gap": lambda s: s.trained(s.filtered("true", "max_activation")),
     "true features: shaped": lambda s: s.trained(s.planted, shape=s.shape("true")),
-    "true features: shielded": lambda s: s.trained(s.planted, callbacks=[s.shield("true")]),
 }
 ASIDE: dict[str, Arm] = {
     "shaped with the opposite sign": lambda s: s.trained(s.planted, shape=s.shape("shown", -1.0)),
@@ -310,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="worlds, each with its own data and training")
     parser.add_argument(
-        "--few", type=int, default=3, help="of them for the small set and the questions aside"
+        "--few", type=int, default=2, help="of them for the small set and the questions aside"
     )
     arguments = parser.parse_args()
     disable_progress_bars()

@@ -141,10 +141,11 @@ def _filter(loop: Loop, narrator: Narrator) -> None:
         "flagged features alone explain each choice, so that there is nothing left to learn from them.",
     )
     summary = loop.filtered.summary
-    weights = ", ".join(f"{flag.feature} ({flag.weight:.2f})" for flag in loop.weighted_flags)
+    strongest = sorted(loop.weighted_flags, key=lambda flag: -flag.weight)[:_SHOWN]
+    weights = ", ".join(f"{flag.feature} ({flag.weight:.2f})" for flag in strongest)
     narrator.say(f"Filter: {summary['kept']} of {summary['rows']} pairs stay.")
     narrator.say(
-        f"Shape: the choice is explained by the features (log-odds for each standard deviation): {weights}."
+        f"Shape: the choice is best explained by features {weights} (log-odds for each standard deviation)."
     )
 
 
@@ -152,7 +153,7 @@ def _train(loop: Loop, narrator: Narrator) -> None:
     narrator.step(
         "Three DPO runs",
         "TRL’s own DPOTrainer, from the same model, as many steps each. In callbacks=[…] stands one object more, which reads "
-        "the gradient of every step and writes down which features it asks for: the run record.",
+        "the gradient of every step and writes down which features it asks for: the run record. Below, one of those flagged.",
     )
     for name in ("plain", "filtered", "shaped"):
         loop.dpo(name)

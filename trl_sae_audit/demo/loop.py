@@ -199,6 +199,11 @@ class Loop:
         )
 
     @cached_property
+    def told(self) -> Flag:
+        """The watched feature that the runs' progress tells of: the first that the loss strengthens."""
+        return next((flag for flag in self.watched if flag.direction == "up"), self.watched[0])
+
+    @cached_property
     def named(self) -> dict[int, Flag]:
         return {flag.feature: flag for flag in self.flags}
 
@@ -259,10 +264,13 @@ class Loop:
             output_dir=self.directory / run,
             watch={flag.label: flag.feature for flag in self.watched},
         )
-        return [audited, Progress(self.narrator, run.replace("-", ", "))]
+        return [audited, Progress(self.narrator, run, self.told.label)]
 
     def _arguments(self, name: str) -> Any:
-        return dpo_arguments(self.directory / "trainer" / name, self.steps, self.seed)
+        logging_steps = max(1, self.steps // 4)
+        return dpo_arguments(
+            self.directory / "trainer" / name, self.steps, self.seed, logging_steps=logging_steps
+        )
 
     def _finish(self, run: str, model: Any) -> list[Outcome]:
         after = self._measure(self.world.behaviour(model, n=self.answers, beliefs=USERS), "after")

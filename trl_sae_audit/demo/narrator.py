@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ..terminal import Justify, table, to_copy
 
 WIDTH = 80
-SHOWN_LOGS = ("loss", "reward", "objective/scores")
+SHOWN_LOGS = ("reward", "objective/scores", "rewards/accuracies")
 
 
 class Narrator:
@@ -64,13 +64,23 @@ class Narrator:
 
 
 class Progress(TrainerCallback):
-    """A line for each of the trainer's logs, a few of its numbers."""
+    """A line for each of the trainer's logs: a number of its own, and what the step asks of one watched feature.
 
-    def __init__(self, narrator: Narrator, name: str) -> None:
+    Args:
+        narrator: to say it.
+        name: of the run.
+        label: of the watched feature.
+    """
+
+    def __init__(self, narrator: Narrator, name: str, label: str) -> None:
         self.narrator = narrator
         self.name = name
+        self.label = label
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        shown = [f"{name.rsplit('/')[-1]} {logs[name]:.3g}" for name in SHOWN_LOGS if name in logs]
+        shown = [f"{name.rsplit('/')[-1]} {logs[name]:>6.3f}" for name in SHOWN_LOGS if name in logs]
+        asked = f"sae/{self.label}/attribution"
+        if asked in logs:
+            shown.append(f"“{self.label}” is asked for by {logs[asked]:+.4f}")
         if shown and "train_runtime" not in logs:
-            self.narrator.say(f"{self.name}, step {state.global_step}: {', '.join(shown)}", "dim")
+            self.narrator.say(f"{self.name:<13} step {state.global_step:>2}   {'   '.join(shown)}", "dim")
