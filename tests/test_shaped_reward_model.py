@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 from worlds import (
@@ -30,6 +31,7 @@ from trl_sae_audit import (
     FixedPenalty,
     Flag,
     FlagSet,
+    ShapedReward,
     ShapedRewardModel,
 )
 
@@ -416,6 +418,81 @@ def test_it_comes_back_from_disk(tmp_path: Path) -> None:
     (tmp_path / "shaping.json").write_text("{")
     with pytest.raises(AuditError, match="cannot be read"):
         ShapedRewardModel.from_pretrained(tmp_path, uncalibrated)
+
+
+def adapted(seed: int = 0) -> Any:
+    """The reward model with a LoRA that changes its rewards."""
+    torch.manual_seed(seed)
+    adapter = LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    return get_peft_model(reward_model(), adapter)
+
+
+def test_a_reward_model_with_adapters_pays_as_the_merged_one(tmp_path: Path) -> None:
+    texts, completions = ["w1 ", "w2 w3 "], ["w4 w5 w6", "w7"]
+    model = adapted()
+    with_adapters = ShapedRewardModel(model, scorer(), FLAGS, 0.5)
+    merged = ShapedRewardModel(adapted().merge_and_unload(), scorer(), FLAGS, 0.5)
+    plain = ShapedRewardModel(reward_model(), scorer(), FLAGS, 0.5)
+    expected = merged.rewards(texts, completions)
+    assert with_adapters.rewards(texts, completions) == pytest.approx(expected, abs=1e-4)
+    assert plain.rewards(texts, completions) != pytest.approx(expected, abs=1e-1)
+    assert with_adapters.config.num_labels == 1
+    with pytest.raises(AuditError, match="merge_and_unload"):
+        with_adapters.save_pretrained(tmp_path)
+    merged.save_pretrained(tmp_path)
+    assert ShapedRewardModel.from_pretrained(tmp_path, scorer()).rewards(texts, completions) == pytest.approx(
+        expected, abs=1e-5
+    )
+    prompts_before = get_peft_model(
+        reward_model(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    )
+    with pytest.raises(AuditError, match="before the input"):
+        ShapedRewardModel(prompts_before, tokenizer=make_tokenizer())
+
+
+@pytest.mark.ppo
+@pytest.mark.parametrize("own_backbone", [False, True])
+def test_ppo_receives_the_rewards_of_the_adapted_model(
+    own_backbone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted()
+    shaped = ShapedRewardModel(
+        model, scorer(model if own_backbone else None), FLAGS, FixedPenalty(0.5), tokenizer=make_tokenizer()
+    )
+    received = Received(monkeypatch, shaped)
+    ppo_with(tmp_path, shaped).train()
+    merged = adapted().merge_and_unload()
+    fresh = scorer(merged if own_backbone else None)
+    assert received.calls
+    for (ids, n, got), (texts, completions) in zip(received.calls, received.rows(), strict=True):
+        _, inner, _ = received.original(merged, ids, 0, n)
+        off = 0.5 * weighted(fresh.score_ids(texts, completions, [3, 50]))
+        torch.testing.assert_close(got, inner.detach() - off.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_responses_of_the_reference_can_be_learned_from() -> None:
+    """What the reward pays is then known from the first step on; both kinds of shaped reward learn the same."""
+
+    async def judged(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+        return paying(prompts, completions)
+
+    def paying(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+        return scorer().score(prompts, completions, [3])[:, 0].tolist()
+
+    texts, completions = map(list, zip(*CALIBRATION, strict=True))
+    costs = []
+    for reward in (paying, judged):
+        model = ShapedRewardModel(reward, scorer(), FLAGS, AdaptivePenalty())
+        function = ShapedReward(reward, scorer(), FLAGS, AdaptivePenalty())
+        model.learn_from(texts, completions)
+        function.learn_from(texts, completions)
+        for shaper in (model.shaper, function.shaper):
+            shaper.begin(None, learning=True)
+            costs.append(shaper.penalty.coefficients())
+    assert costs[0][0] > 0.1
+    assert all(cost == costs[0] for cost in costs)
 
 
 def test_a_function_must_be_given_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A coefficient per flagged feature that sets itself: what the reward pays for it, and what holds it at its target."""
+"""A coefficient per flagged behaviour that sets itself: what the reward pays for it, and what holds it at its target."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from .errors import AuditError
 from .flags import Flag
 from .penalties import Penalty
+from .presence import BIN_CENTRES, Presence, histogram
 
-_PRIOR = 64.0
+_PRIOR = 16.0
 """Responses' worth of belief that scores are uncorrelated, of unit variance and unpaid: what few responses show is mostly
 chance."""
 _LARGEST_PAYMENT = 1.0
@@ -23,39 +24,51 @@ _LARGEST_PAYMENT = 1.0
 
 
 class AdaptivePenalty(Penalty):
-    """Makes the shaped reward push each flagged feature to its target, whatever the reward pays for it.
+    """Makes the shaped reward push each flagged behaviour to its target, whatever the reward pays for it.
 
-        p = σ·Σ_f λ_f·(clip(s_f, ±score_clip) − τ_f)
+    Flags with the same label are one behaviour: a dictionary often has several features for it, and a policy that is kept from
+    one wording takes another. Its **presence** in a response is read from all of them, by a ramp between the two kinds of
+    responses that the reference gives, those that show it and those that do not:
 
-    A policy-gradient step moves the mean of a score by its covariance with the reward (the natural gradient exactly, others
-    up to a positive matrix). So the coefficients are chosen, after every batch, for a wanted covariance u:
+        S_b = Σ_f w_f·s_f / Σ_f w_f            over the behaviour's flags
+        q_b = clip((S_b − low_b) / (high_b − low_b), 0, 1)       x_b = (q_b − mean) / sd over the reference's responses
 
-        λ ≥ 0  nearest to solving  Cov(s, r − p) = −σ·u
-        u_f = w_f·(proportional·e_f + I_f)      e_f = clip(s̄_f − τ_f, ±error_clip)
-        I_f ← clip(I_f + integral·e_f, ±1)
+    The reference's responses are the first batch: what `learn_from` was given, or what the policy wrote before its first
+    step. They are split in two by Otsu's method, and low and high lie a quarter of the way in from the two means. Activations
+    rise and fall a little with much else, a response's length say, and a policy that changes those would otherwise have
+    the behaviour itself allowed or forbidden more.
 
-    With u = 0 this takes off just what the reward pays for the features, flags that fire together counted once; u pulls a
-    feature back in proportion to its distance from the target; and I finds what remains, from a KL term say. `s̄_f` is the
-    batch's mean of the clipped score over all processes, σ the reward's running spread, w the flags' weights over their
-    mean. Covariances are taken within batches, over about the last `memory` responses.
+        p = σ·Σ_b λ_b·(x_b − τ_b)
 
-    Why these defaults: a correlation is at most 1, so with `proportional=2` no reward can hold a feature further than half a
-    standard deviation above its target even if nothing else were known of what it pays. An integral alone, or a fast one,
-    makes a policy oscillate: the policy itself integrates the reward; `integral` is therefore a twentieth of
-    `proportional`. λ stays in [0, maximum], all flags together, so it never pays for a feature; I stays where it is while
-    λ_f = 0 and the feature is below its target, so it does not wind up.
+    A policy-gradient step moves the mean of x by its covariance with the reward (the natural gradient exactly, others up to
+    a positive matrix). So the coefficients are chosen, after every batch, for a wanted covariance u:
 
-    Scores should be calibrated: the gains are meant for z-scores.
+        λ ≥ 0  nearest to solving  Cov(x, r − p) = −σ·u
+        u_b = w_b·(proportional·e_b + I_b)      e_b = clip(x̄_b − τ_b, ±error_clip)
+        I_b ← clip(I_b + integral·e_b, ±1)
+
+    With u = 0 this takes off just what the reward pays for the behaviours; u pulls one back in proportion to its distance from
+    the target; and I finds what remains, from a KL term say. `x̄_b` is the batch's mean over all processes, σ the reward's
+    running spread, w_b the mean weight of b's flags over that of all behaviours. Covariances are taken within batches, over
+    about the last `memory` responses.
+
+    Why these defaults: a correlation is at most 1, so with `proportional=2` no reward can hold a behaviour further than half
+    a standard deviation above its target even if nothing else were known of what it pays. An integral alone, or a fast one,
+    makes a policy oscillate, for the policy itself integrates the reward, and its optimizer's momentum (0.9 in Adam) answers
+    about ten steps late: `integral` stays well below `proportional`/10. λ stays in [0, maximum], all behaviours together, so
+    it never pays for one; I stays where it is while λ_b = 0 and the behaviour below its target, so nothing winds up.
+
+    The first batch itself is not shaped; `learn_from` some hundred responses of the reference before training, and the
+    first step is.
 
     Args:
-        target: τ. "reference" is the calibration mean, a z-score of 0; or a number; or label → number.
-        proportional: the pull back, per score unit above the target, in units of the reward's spread.
-        integral: how much a batch that is one score unit off moves I.
-        maximum: largest sum of λ, in units of the reward's spread per score unit.
+        target: τ, in the reference's standard deviations of presence. "reference" is 0, the reference's own level; or a
+            number; or label → number.
+        proportional: the pull back, per unit of x above the target, in units of the reward's spread.
+        integral: how much a batch that is one unit off moves I.
+        maximum: largest sum of λ, in units of the reward's spread per unit of x.
         memory: responses over which what the reward pays is estimated.
         error_clip: largest deviation one batch may report.
-        score_clip: scores beyond count as this much, in penalty and control alike. A feature that the reference shows in a
-            share q of its responses has scores up to about 1/√q, which the clip must let through.
         decay: of the running spread, per batch.
 
     Raises:
@@ -67,22 +80,16 @@ class AdaptivePenalty(Penalty):
         target: str | float | Mapping[str, float] = "reference",
         *,
         proportional: float = 2.0,
-        integral: float = 0.1,
+        integral: float = 0.05,
         maximum: float = 5.0,
         memory: float = 512.0,
         error_clip: float = 1.0,
-        score_clip: float = 10.0,
         decay: float = 0.99,
     ) -> None:
         super().__init__(decay)
         if isinstance(target, str) and target != "reference":
             raise AuditError(f"The target is {target!r}; give 'reference', a number, or label → number.")
-        for name, value in (
-            ("maximum", maximum),
-            ("memory", memory),
-            ("error_clip", error_clip),
-            ("score_clip", score_clip),
-        ):
+        for name, value in (("maximum", maximum), ("memory", memory), ("error_clip", error_clip)):
             if not 0 < value < math.inf:
                 raise AuditError(f"{name} is {value}; it must be a finite number above 0.")
         for name, value in (("proportional", proportional), ("integral", integral)):
@@ -94,7 +101,10 @@ class AdaptivePenalty(Penalty):
         self.maximum = maximum
         self.memory = memory
         self.error_clip = error_clip
-        self.score_clip = score_clip
+        self.behaviours: list[str] = []
+        self.presence: Presence | None = None
+        self._mixing = np.zeros((0, 0))
+        self._priorities = np.zeros(0)
         self._targets = np.zeros(0)
         self._lambdas = np.zeros(0)
         self._offset = np.zeros(0)
@@ -104,48 +114,49 @@ class AdaptivePenalty(Penalty):
 
     def bind(self, flags: Sequence[Flag]) -> None:
         super().bind(flags)
-        self._targets = np.array([self._target_of(flag) for flag in flags])
-        if (np.abs(self._targets) > self.score_clip).any():
-            raise AuditError(
-                f"Target {np.abs(self._targets).max()} is beyond score_clip={self.score_clip}, so no clipped score can reach "
-                "it; choose a nearer target or a larger score_clip."
-            )
+        names = [flag.name for flag in flags]
+        self.behaviours = list(dict.fromkeys(names))
+        self._targets = np.array([self._target_of(name) for name in self.behaviours])
         if isinstance(self.target, dict):
-            unknown = set(self.target) - {flag.name for flag in flags}
+            unknown = set(self.target) - set(names)
             if unknown:
                 raise AuditError(
                     f"There are targets for {', '.join(sorted(map(repr, unknown)))}, which are no labels of the flags; "
-                    f"the flags are {', '.join(repr(flag.name) for flag in flags)}."
+                    f"the flags are {', '.join(map(repr, self.behaviours))}."
                 )
-        if len(self._lambdas) != len(flags):
-            k = len(flags)
+        member = np.array(
+            [[name == behaviour for behaviour in self.behaviours] for name in names], dtype=float
+        )
+        member = member.reshape(len(names), len(self.behaviours))
+        weighted = member * self.weights.numpy()[:, None]
+        self._mixing = weighted / weighted.sum(0)
+        priorities = weighted.sum(0) / member.sum(0)
+        self._priorities = priorities / priorities.mean() if len(priorities) else priorities
+        if len(self._lambdas) != len(self.behaviours):
+            k = len(self.behaviours)
             self._lambdas, self._offset, self._paid = np.zeros(k), np.zeros(k), np.zeros(k)
             self._variance = np.zeros((k, k))
 
     def coefficients(self) -> list[float]:
-        """λ_f·σ: what one score unit costs in units of the reward."""
-        return (self._lambdas * self.spread).tolist()
+        """What one score unit of each flag costs in units of the reward, between `low` and `high`."""
+        if self.presence is None:
+            return [0.0] * len(self._mixing)
+        return (self._mixing @ (self._lambdas * self.spread * self.presence.slope)).tolist()
 
     def __call__(self, scores: Tensor) -> Tensor:
-        costs = torch.tensor(self.coefficients(), dtype=torch.float64)
-        return (self._bounded(scores.double()) - torch.from_numpy(self._targets)) @ costs
+        if self.presence is None:
+            return torch.zeros(len(scores), dtype=torch.float64)
+        x = self.presence(scores.double().numpy() @ self._mixing)
+        return torch.from_numpy((x - self._targets) @ (self._lambdas * self.spread))
 
     def settings(self) -> dict[str, Any]:
-        names = (
-            "target",
-            "proportional",
-            "integral",
-            "maximum",
-            "memory",
-            "error_clip",
-            "score_clip",
-            "decay",
-        )
+        names = ("target", "proportional", "integral", "maximum", "memory", "error_clip", "decay")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
+            "presence": None if self.presence is None else self.presence.state(),
             "lambdas": self._lambdas.tolist(),
             "offset": self._offset.tolist(),
             "seen": self._seen,
@@ -156,55 +167,55 @@ class AdaptivePenalty(Penalty):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         k = len(state["lambdas"])
+        self.presence = None if state["presence"] is None else Presence(**state["presence"])
         self._lambdas, self._offset = np.array(state["lambdas"]), np.array(state["offset"])
         self._seen = float(state["seen"])
         self._variance, self._paid = np.array(state["variance"]).reshape(k, k), np.array(state["paid"])
 
-    def _bounded(self, scores: Tensor) -> Tensor:
-        return scores.clamp(-self.score_clip, self.score_clip)
-
     def _shown(self, scores: Tensor, rewards: Tensor) -> list[float]:
-        scores = self._bounded(scores)
-        sums = (scores.sum(0), scores.T @ rewards, (scores.T @ scores).flatten())
-        return torch.cat(sums).tolist()
+        mixed, values = scores.numpy() @ self._mixing, rewards.numpy()
+        if self.presence is None:
+            return np.concatenate([histogram(mixed), histogram(mixed, values)]).ravel().tolist()
+        x = self.presence(mixed)
+        return np.concatenate([x.sum(0), x.T @ values, (x.T @ x).ravel()]).tolist()
 
     def _move(self, count: float, mean_reward: float, shown: list[float]) -> None:
-        k = len(self._targets)
+        k = len(self.behaviours)
         if k == 0:
             return
-        mean = np.array(shown[:k]) / count
+        if self.presence is None:
+            counts, rewards = np.array(shown).reshape(2, k, -1)
+            self.presence = Presence.of_reference(counts)
+            x = self.presence(BIN_CENTRES[:, None].repeat(k, 1)).T
+            mean, paid = (counts * x).sum(1) / count, (rewards * x).sum(1)
+            # what histograms do not tell is taken for none: covariances between behaviours
+            variance = np.diag((counts * x**2).sum(1) - count * mean**2)
+        else:
+            mean, paid = np.array(shown[:k]) / count, np.array(shown[k : 2 * k])
+            variance = np.reshape(shown[2 * k :], (k, k)) - count * np.outer(mean, mean)
         kept = math.exp(-count / self.memory)
         self._seen = kept * self._seen + count
-        self._paid = kept * self._paid + shown[k : 2 * k] - count * mean * mean_reward
-        self._variance = kept * self._variance + np.reshape(shown[2 * k :], (k, k))
-        self._variance -= count * np.outer(mean, mean)
+        self._paid = kept * self._paid + paid - count * mean * mean_reward
+        self._variance = kept * self._variance + variance
         error = np.clip(mean - self._targets, -self.error_clip, self.error_clip)
         idle = (self._lambdas == 0) & (error < 0)
         self._offset = np.clip(
             self._offset + np.where(idle, 0.0, self.integral * error), -_LARGEST_PAYMENT, _LARGEST_PAYMENT
         )
-        weights = self.weights.numpy() / self.weights.numpy().mean()
         self._lambdas = coefficients_for(
-            weights * (self.proportional * error + self._offset),
+            self._priorities * (self.proportional * error + self._offset),
             self._paid / self.spread if self.spread > 0 else np.zeros(k),
             self._variance,
             self._seen,
             self.maximum,
         )
 
-    def _target_of(self, flag: Flag) -> float:
+    def _target_of(self, name: str) -> float:
         if isinstance(self.target, dict):
-            if flag.name not in self.target:
-                raise AuditError(f"Flag {flag.name!r} has no target; add one, or pass one number for all.")
-            return float(self.target[flag.name])
-        if isinstance(self.target, str):
-            if flag.direction == "both":
-                raise AuditError(
-                    f"Flag {flag.name!r} has direction 'both', whose score is the distance from the reference, which a "
-                    "sampled policy never holds at 0; pass AdaptivePenalty a number as target, 1.0 say."
-                )
-            return 0.0
-        return float(self.target)
+            if name not in self.target:
+                raise AuditError(f"Flag {name!r} has no target; add one, or pass one number for all.")
+            return float(self.target[name])
+        return 0.0 if isinstance(self.target, str) else float(self.target)
 
 
 def coefficients_for(
@@ -212,7 +223,7 @@ def coefficients_for(
 ) -> np.ndarray:
     """λ ≥ 0 nearest to C·λ = c + u, scaled down to a sum of at most `maximum`.
 
-    Nearest in the metric of C⁻¹, that is, λ minimises ½·λᵀCλ − λᵀ(c + u). C and c are estimated with a prior of 64
+    Nearest in the metric of C⁻¹, that is, λ minimises ½·λᵀCλ − λᵀ(c + u). C and c are estimated with a prior of 16
     responses of unit variance, uncorrelated and unpaid.
 
     Args:

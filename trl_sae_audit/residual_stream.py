@@ -119,13 +119,14 @@ def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """`model.eval()` for a while, with every module's own mode restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _pad(windows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +45,7 @@ class ShapedReward:
 
     ```python
     shaped = ShapedReward(my_reward, scorer, flags, penalty=AdaptivePenalty())
+    shaped.learn_from(prompts, responses)     # of the reference model: what the reward pays is known from the first step on
     trainer = GRPOTrainer(model, reward_funcs=shaped, callbacks=[ShapingCallback(shaped)], ...)
     ```
     """
@@ -77,6 +79,18 @@ class ShapedReward:
         )
         self._log(trainer, kwargs, learning=learning)
         return rewards
+
+    def learn_from(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> None:
+        """Let the penalty see what the reward pays for these responses, before training: it counts as a batch.
+
+        Args:
+            prompts: as the trainer would pass them.
+            completions: responses of the reference model, those the scorer was calibrated on say.
+            columns: whatever else the reward reads.
+        """
+        self.shaper.begin(None, learning=True)
+        returned = awaited(self._ask(prompts, completions, columns))
+        self._shape(prompts, completions, returned, learning=True)
 
     def _ask(self, prompts: Sequence[Any], completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return self._inner(prompts=prompts, completions=completions, **kwargs)
@@ -146,6 +160,15 @@ def model_as_function(
         return logits[:, 0].float().tolist()
 
     return reward
+
+
+def awaited(value: Any) -> Any:
+    """The result of what may be awaitable; outside any event loop."""
+
+    async def wait() -> Any:
+        return await value
+
+    return asyncio.run(wait()) if inspect.isawaitable(value) else value
 
 
 def joined_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> str:

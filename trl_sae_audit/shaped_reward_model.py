@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,7 +25,7 @@ from .log_once import NextLog
 from .penalties import Penalty
 from .rollout import text_rollout, token_rollout
 from .scorer import FeatureScorer
-from .shaped_reward import model_as_function, name_of
+from .shaped_reward import awaited, model_as_function, name_of
 from .shaping import Shaper, checked_rewards, penalty_from_settings
 from .tokenized import check_tokenizer
 
@@ -68,7 +67,8 @@ class ShapedRewardModel(nn.Module):
     It is always in evaluation mode, and moves to the device of what it is given.
 
     Args:
-        reward: a sequence classification model with one label and a head called `score`; or a function
+        reward: a sequence classification model with one label and a head called `score`, with PEFT adapters or without;
+            or a function
             `f(prompts, completions, completion_ids)` → numbers, async or not.
         scorer: frozen model and dictionary; not needed without flags.
         flags: of the scorer's dictionary.
@@ -111,17 +111,18 @@ class ShapedRewardModel(nn.Module):
             )
         if not callable(reward):
             raise AuditError(f"The reward is a {type(reward).__name__}; pass a reward model or a function.")
-        self.name = name_of(reward)
+        classifier = _without_adapters(reward)
+        self.name = name_of(classifier)
         self.shaper = Shaper(scorer, flags, 0.0 if penalty is None else penalty)
         self.tokenizer = tokenizer if tokenizer is not None or scorer is None else scorer.tokenizer
         self.reward_tokenizer = reward_tokenizer
         self.inner: nn.Module | None = None
         self.config = PretrainedConfig(name_or_path=self.name)
         if isinstance(reward, nn.Module):
-            _check_reward_model(reward, reward_tokenizer or self.tokenizer)
+            _check_reward_model(classifier, reward_tokenizer or self.tokenizer)
             self.inner = reward
-            if isinstance(reward, PreTrainedModel):
-                self.config = reward.config
+            if isinstance(classifier, PreTrainedModel):
+                self.config = classifier.config
         elif self.tokenizer is None:
             raise AuditError(
                 f"The reward is the function {self.name!r}, which reads text; pass the policy's tokenizer as tokenizer=."
@@ -187,7 +188,7 @@ class ShapedRewardModel(nn.Module):
             if self.inner is not None:
                 logits = self.inner(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
             else:
-                values = self._ask(rollout.prompts, rollout.completions, None)
+                values = self._ask(rollout.prompts, rollout.completions, None, None)
                 logits = torch.tensor(values, device=input_ids.device)[:, None]
         rewards = checked_rewards(logits.detach().float().cpu(), len(input_ids), self.name)
         counted = None
@@ -212,19 +213,37 @@ class ShapedRewardModel(nn.Module):
         Raises:
             AuditError: a reward model of which no tokenizer is known.
         """
-        of_texts = self._of_texts
-        if self.inner is not None:
-            of_texts = model_as_function(self.inner, self.reward_tokenizer or self.tokenizer)
-        returned = _call(of_texts, prompts, responses, None)
-        inner = checked_rewards(returned, len(responses), self.name)
-        off = self.shaper.penalties(self.shaper.score(prompts, responses), inner, learning=False)
-        return [_judged(reward, self.name) - less for reward, less in zip(inner, off.tolist(), strict=True)]
+        return self._by_hand(prompts, responses, learning=False)
+
+    def learn_from(self, prompts: Sequence[Any], responses: Sequence[Any]) -> None:
+        """Let the penalty see what the reward pays for these responses, before training: it counts as a batch.
+
+        Args:
+            prompts: texts.
+            responses: of the reference model, those the scorer was calibrated on say.
+        """
+        self.shaper.begin(None, learning=True)
+        self._by_hand(prompts, responses, learning=True)
+
+    def _by_hand(self, prompts: Sequence[Any], responses: Sequence[Any], *, learning: bool) -> list[float]:
+        inner = self._ask(prompts, responses, None, self.reward_tokenizer or self.tokenizer)
+        off = self.shaper.penalties(self.shaper.score(prompts, responses), inner, learning=learning)
+        return [reward - less for reward, less in zip(inner, off.tolist(), strict=True)]
 
     # To and from disk
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write reward model, flags, calibration and the penalty with its coefficients. A function is not written."""
+        """Write reward model, flags, calibration and the penalty with its coefficients. A function is not written.
+
+        Raises:
+            AuditError: a reward model with PEFT adapters.
+        """
         directory = Path(directory)
+        if isinstance(self.inner, PeftModel):
+            raise AuditError(
+                f"Reward model {self.name!r} has PEFT adapters, which cannot be read back without their base model; pass "
+                "ShapedRewardModel the merged model, reward_model.merge_and_unload()."
+            )
         directory.mkdir(parents=True, exist_ok=True)
         if self.inner is not None:
             self.inner.save_pretrained(directory / _REWARD)  # type: ignore[operator]
@@ -295,7 +314,7 @@ class ShapedRewardModel(nn.Module):
     ) -> Tensor:
         """The inner reward [rows, tokens, 1] as get_reward would have computed it."""
         if self.inner is not None and self.reward_tokenizer is None:
-            model: Any = self.inner
+            model: Any = _without_adapters(self.inner)
             output = getattr(model, model.base_model_prefix)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -310,14 +329,20 @@ class ShapedRewardModel(nn.Module):
                     f"Reward model {self.name!r} gives {logits.shape[-1]} numbers a token; load it with num_labels=1."
                 )
             return logits
-        values = self._ask(self._decode(prompts), self._decode(responses), responses)
+        values = self._ask(self._decode(prompts), self._decode(responses), responses, self.reward_tokenizer)
         return torch.tensor(values, device=input_ids.device)[:, None, None].expand(*input_ids.shape, 1)
 
-    def _ask(self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any) -> list[float]:
-        of_texts = self._of_texts
-        if self.inner is not None:
-            of_texts = model_as_function(self.inner, self.reward_tokenizer)
-        returned = _call(of_texts, prompts, completions, completion_ids)
+    def _ask(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> list[float]:
+        """The inner rewards of texts; `tokenizer` for a reward that is a model."""
+        of_texts = self._of_texts if self.inner is None else model_as_function(self.inner, tokenizer)
+        assert of_texts is not None
+        returned = awaited(of_texts(prompts=prompts, completions=completions, completion_ids=completion_ids))
         return [_judged(reward, self.name) for reward in checked_rewards(returned, len(prompts), self.name)]
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -410,21 +435,29 @@ def _subtract(logits: Tensor, off: Tensor) -> Tensor:
     return (logits.float() - off.to(logits.device, torch.float32)).to(logits.dtype)
 
 
-def _call(function: Any, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any) -> Any:
-    returned = function(prompts=prompts, completions=completions, completion_ids=completion_ids)
-    return asyncio.run(_awaited(returned)) if inspect.isawaitable(returned) else returned
-
-
-async def _awaited(value: Any) -> Any:
-    return await value
-
-
 def _judged(reward: float | None, name: str) -> float:
     if reward is None:
         raise AuditError(
             f"Reward {name!r} returned None, but a reward model must judge every response; return a number."
         )
     return reward
+
+
+def _without_adapters(reward: Any) -> Any:
+    """The model that a PEFT model has put its adapters into, where they stay at work; anything else as it is.
+
+    Raises:
+        AuditError: adapters that are not in the model but before its input.
+    """
+    if not isinstance(reward, PeftModel):
+        return reward
+    if reward.active_peft_config.is_prompt_learning:
+        raise AuditError(
+            f"The reward model's adapter is {reward.active_peft_config.peft_type.value}, which stands before the input "
+            "where PPO does not pass; use LoRA or another adapter within the model, or pass a function that returns its "
+            "rewards."
+        )
+    return reward.get_base_model()
 
 
 def _check_reward_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:

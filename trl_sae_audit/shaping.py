@@ -125,11 +125,11 @@ class Shaper:
         return metrics
 
     def _check_calibration(self) -> None:
-        adaptive = isinstance(self.penalty, AdaptivePenalty) and self.penalty.target == "reference"
+        adaptive = isinstance(self.penalty, AdaptivePenalty)
         if adaptive and self.features and self.scorer is not None and not self.scorer.calibrated:
             raise AuditError(
-                "AdaptivePenalty(target='reference') holds features at their calibration mean, but the scorer is not "
-                "calibrated; call scorer.calibrate(pairs) with responses of the reference model first."
+                "AdaptivePenalty reads z-scores, but the scorer is not calibrated; call scorer.calibrate(pairs) with "
+                "responses of the reference model first."
             )
 
     def _check_trainer(self, trainer: Trainer) -> None:
