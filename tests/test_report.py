@@ -414,3 +414,22 @@ def test_wrong_use_ends_in_a_sentence(
         assert sentence in capsys.readouterr().err
     assert cli.main(["report", str(record), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(record / "report.html")
+
+
+def test_a_running_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_record(tmp_path / "run", make_dictionary(), status="running")
+    seen = []
+
+    def pass_time(seconds: float) -> None:
+        page = Page(directory / "report.html")
+        seen.append((seconds, page.data["reload"], "the page loads itself again" in page.text))
+        if len(seen) == 2:
+            manifest = directory / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"status": "running"', '"status": "finished"'))
+
+    monkeypatch.setattr("trl_sae_audit.commands.report.time.sleep", pass_time)
+    assert cli.main(["report", str(directory), "--watch", "--every", "3"]) == 0
+    assert seen == [(3.0, 3.0, True)] * 2
+    page = Page(directory / "report.html")
+    assert page.data["reload"] is None
+    assert "the page loads itself again" not in page.text

@@ -36,6 +36,7 @@ from .on_policy import train_on_policy
 BEHAVIOUR = "agrees"
 STRENGTHS = {"right": 0.5, BEHAVIOUR: 0.7}
 USERS = (True, False)
+_PUSHED_MOST = 16
 WATCHED = 3
 MODEL = "lab-model"  # begins like the name in the dictionary's metadata, so that the two are known to belong together
 MEASURES = {
@@ -149,10 +150,13 @@ class Loop:
         return flags
 
     def write_evidence(self) -> Path:
-        """Examples, tokens and vocabulary of every flagged feature, beside the audit."""
+        """Examples, tokens and vocabulary of every flagged feature, and of those the data pushes most, beside the audit."""
+        pushed = self.audit.features()["feature"].head(_PUSHED_MOST)
         found = gather_evidence(
             self.audit,
-            [flag.feature for flag in self.flags],
+            list(
+                dict.fromkeys([*(flag.feature for flag in self.flags), *(int(feature) for feature in pushed)])
+            ),
             self.world.model(),
             self.world.tokenizer,
             self.preferences,
