@@ -193,7 +193,13 @@ def test_fitted_weights_are_those_that_explain_the_preferences(audit, data):
     np.testing.assert_allclose(
         example_scores(audit, list(FLAGS), "max_activation", "fit"), gaps @ weights, rtol=1e-6
     )
-    result = filter_preferences(data, audit, FLAGS, score="max_activation", weights="fit", budget="balance")
+    result = filter_preferences(
+        data, audit, FLAGS, score="max_activation", weights="fit", budget="balance", control=True
+    )
+    score = result.summary["score"]
+    assert score["before"] == pytest.approx((gaps @ weights).mean(), rel=1e-6)
+    assert score["after"] <= 1e-9
+    assert set(score) == {"before", "after", "control"}
     kept = np.delete(gaps @ weights, np.flatnonzero(result.plan.action == "drop"))
     assert kept.sum() <= 1e-9 < (gaps @ weights).sum()
 

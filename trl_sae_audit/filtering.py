@@ -175,7 +175,8 @@ def check_same_data(dataset: Source, audit: Audit, new_column: str | None, on_ba
 def summarize(
     audit: Audit, flags: Sequence[Flag], plan: FilterPlan, control: FilterPlan | None
 ) -> dict[str, Any]:
-    """Counts, and each flag's attribution before and after (to first order, each example's part taken as it was)."""
+    """Counts; the mean of the score that decided, and of each flag's attribution, before and after (to first order, each
+    example's part taken as it was)."""
     counts = {name: int((plan.action == name).sum()) for name in ("keep", "drop", "flip", "weight")}
     contributions = audit.contributions([flag.feature for flag in flags])
     rows = audit.rows()
@@ -186,17 +187,23 @@ def summarize(
         "flipped": counts["flip"],
         "weighted": counts["weight"],
         "set_aside": len(audit.set_aside),
+        "score": _before_and_after(plan.score[rows], plan, control, rows),
         "flags": [],
     }
     for column, flag in enumerate(flags):
         part = contributions[:, column] * len(rows)
+        left = _before_and_after(part, plan, control, rows)
         entry = {"dictionary": flag.dictionary, "feature": flag.feature, "label": flag.label}
-        entry["attribution_before"] = float(part.mean())
-        entry["attribution_after"] = _remaining(part, plan, rows)
-        if control is not None:
-            entry["attribution_control"] = _remaining(part, control, rows)
-        summary["flags"].append(entry)
+        summary["flags"].append(entry | {f"attribution_{when}": value for when, value in left.items()})
     return summary
+
+
+def _before_and_after(
+    part: np.ndarray, plan: FilterPlan, control: FilterPlan | None, rows: np.ndarray
+) -> dict[str, float]:
+    """Mean over the examples of something each has a part in [n]: "before", "after", and of the "control"."""
+    left = {"before": float(part.mean()), "after": _remaining(part, plan, rows)}
+    return left if control is None else left | {"control": _remaining(part, control, rows)}
 
 
 def _remaining(part: np.ndarray, plan: FilterPlan, rows: np.ndarray) -> float:

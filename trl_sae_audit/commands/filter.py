@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(result: FilterResult, out: Path, output: OutputArguments) -> None:
-    """Print counts and what is left of each flag's attribution."""
+    """Print counts, and what is left of the score and of each flag's attribution."""
     summary = result.summary
     controlled = any("attribution_control" in flag for flag in summary["flags"])
     columns: dict[str, Justify] = {"flag": "left", "attribution before": "right", "after": "right"}
@@ -122,11 +122,13 @@ def show(result: FilterResult, out: Path, output: OutputArguments) -> None:
         ][: len(columns)]
         for flag in summary["flags"]
     ]
+    words = {"before": "before", "after": "after", "control": "at random"}
+    score = ", ".join(f"{value:+.3g} {words[when]}" for when, value in summary["score"].items())
     output.show(
         {"output_dir": out, **summary},
         table("What the flagged features are taught", columns, rows),
         f"{summary['kept']} of {summary['rows']} rows kept ({summary['flipped']} flipped, {summary['weighted']} weighted), "
-        f"{summary['dropped']} dropped.",
+        f"{summary['dropped']} dropped. Mean score: {score}.",
         to_copy(f"Written to {out}"),
     )
 

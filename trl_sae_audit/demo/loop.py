@@ -213,7 +213,8 @@ class Loop:
 
     # Runs
 
-    def begin(self) -> list[Outcome]:
+    @cached_property
+    def before(self) -> list[Outcome]:
         """How the model behaves before any of it."""
         return self._measure(self.world.behaviour(n=self.answers, beliefs=USERS), "before")
 
@@ -281,10 +282,6 @@ class Loop:
         write_outcomes(self.directory / run, [*self.before, *after])
         self.outcomes[run] = after
         return after
-
-    @cached_property
-    def before(self) -> list[Outcome]:
-        return self.begin()
 
     @staticmethod
     def _measure(behaviour: Behaviour, stage: Any) -> list[Outcome]:
