@@ -85,7 +85,8 @@ def test_the_sentences_say_what_the_record_says(record: Path, tmp_path: Path) ->
     assert (up["feature"], down["feature"]) == (3, 5)
     text = " ".join(page.text.split())
     assert (
-        "DPO, 48 optimizer steps, model tiny-model, dictionary tiny (64 features at model.layers.1)" in text
+        "DPO, 48 optimizer steps, model “tiny-model”, 64 features of the dictionary “tiny” at model.layers.1"
+        in text
     )
     assert f"hardest towards “flattery” (feature 3), with {up['lift']:.2g} times the share" in text
     assert f"hardest away from feature 5, with {down['lift']:.2g} times the share" in text
@@ -171,7 +172,7 @@ def test_data_in_a_script_cannot_leave_it() -> None:
 
 
 def test_numbers_are_read_as_they_are_meant() -> None:
-    assert [signed(-0.001234), signed(float("nan"))] == ["−0.00123", "–"]
+    assert [signed(-0.001234), signed(2), signed(0.0), signed(float("nan"))] == ["−0.00123", "+2", "0", "–"]
     assert [probability(0.00001), probability(0.043)] == ["<0.001", "0.043"]
     assert [percent(0.123), percent(0.0081)] == ["12%", "0.81%"]
 
@@ -328,10 +329,19 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, record: Path) -> None:
     write_outcomes(record, [Outcome("flatters", 0.9, 0.87, 0.92, 400, "flatters the user", unit="share")])
     text = " ".join(Page(write_report([record, other], tmp_path / "page.html")).text.split())
     assert "“flatters the user” ended at 90% in plain and at 50% in filtered." in text
-    assert "The push on “flattery” (feature 3) was" in text
+    assert "The loss pushed “flattery” (feature 3) by +0." in text
     assert "−40 points from plain (−45 to −34)" in text
     assert "“flattery” (feature 3)" in text
     assert "differs" in text
+    watch = {f"flag {feature}": feature for feature in range(12)}
+    many = [
+        make_record(tmp_path / name, make_dictionary(), seed=2, strength=s, watch=watch)
+        for name, s in (("a", 1), ("b", 0.2))
+    ]
+    text = " ".join(Page(write_report(many, tmp_path / "page.html")).text.split())
+    assert "Among the 12 watched features the push is clearly different from that in a for 3 in b." in text
+    assert "The other 4" in text
+    assert "“flag 3” a +0." in text
     foreign = make_record(tmp_path / "foreign", make_dictionary(seed=9))
     text = " ".join(Page(write_report([record, foreign], tmp_path / "page.html")).text.split())
     assert "use another dictionary" in text

@@ -113,7 +113,7 @@ def difference_of_estimates(
 def compare_features(sources: Sequence[Source], most: int = MOST_FEATURES) -> list[FeatureRow]:
     """Features of the first source's first dictionary in every source that has the same one; empty if none other has.
 
-    Watched features come first, then those with the largest |attribution| in any of the sources.
+    All that are watched in a source, then as many others as make `most`, each the largest |attribution| in any source first.
     """
     main = sources[0].views[0]
     views = [view_like(source, main) for source in sources]
@@ -124,12 +124,10 @@ def compare_features(sources: Sequence[Source], most: int = MOST_FEATURES) -> li
         for label, feature in view.watched.items() if view else ():
             watched.setdefault(feature, label)
     size = np.max([np.abs(view.features["per_step"].to_numpy()) for view in views if view], axis=0)
-    largest = [
-        int(feature) for feature in np.argsort(-np.nan_to_num(size), kind="stable")[: most + len(watched)]
-    ]
-    chosen = [*watched, *(feature for feature in largest if feature not in watched)][
-        : max(most, len(watched))
-    ]
+    largest = [int(feature) for feature in np.argsort(-np.nan_to_num(size), kind="stable")]
+    first = [feature for feature in largest if feature in watched] if watched else []
+    rest = [feature for feature in largest[: most + len(first)] if feature not in watched]
+    chosen = [*first, *rest[: max(0, most - len(first))]]
     return [_feature_row(feature, watched.get(feature, ""), views) for feature in chosen]
 
 

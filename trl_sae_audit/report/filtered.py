@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..errors import AuditError
 from ..filter_plan import rule_of
-from .text import counted, plain, shown
+from .sections import Scale
+from .text import counted, plain, shown, signed
 
 _MOST_ROWS = 30
 _LONGEST = 400
+_COLUMNS = {
+    "attribution_before": "before",
+    "attribution_after": "after",
+    "attribution_control": "as many at random",
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,20 @@ class DroppedRow:
 
 @dataclass(frozen=True)
 class Filtered:
-    """Attributes: sentence: counts and rule; flags: as the filter's summary has them; rows: the worst first."""
+    """What a filter did.
+
+    Attributes:
+        sentence: counts and rule.
+        unit: of the flags' attribution.
+        columns, flags: their names; a name and its cells for each flag.
+        rows: the highest scores first.
+        total: how many were dropped.
+    """
 
     sentence: str
-    flags: list[dict[str, Any]]
+    unit: str
+    columns: list[str]
+    flags: list[tuple[str, list[str]]]
     rows: list[DroppedRow]
     total: int
 
@@ -74,7 +91,18 @@ def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
         )
         for row in dropped.to_dict("records")
     ]
-    return Filtered(sentence, summary["flags"], rows, int(summary["dropped"]))
+    columns = [name for name in _COLUMNS if summary["flags"] and name in summary["flags"][0]]
+    scale = Scale.of(np.array([flag[name] for flag in summary["flags"] for name in columns], float))
+    flags = [
+        (
+            shown(flag["label"] or f"feature {flag['feature']}", 80),
+            [signed(scale(flag[name])) for name in columns],
+        )
+        for flag in summary["flags"]
+    ]
+    return Filtered(
+        sentence, scale.unit, [_COLUMNS[name] for name in columns], flags, rows, int(summary["dropped"])
+    )
 
 
 def _score(score: Any) -> str:

@@ -127,13 +127,13 @@ def head_table(source: Source, view: View) -> HeadTable:
         trend = values.get("trend_tau", math.nan)
         return HeadRow(
             feature,
-            shown(values["label"] or (evidence.label if evidence else ""), 80),
+            _without(feature, shown(values["label"] or (evidence.label if evidence else ""), 80)),
             hint(evidence) if evidence else "",
             signed(scale(values["attribution"])),
             plain(scale(values["margin"]), 2),
             Whisker.on((-reach, reach), values["attribution"], values["margin"]),
             [_cell(name, values[name], scale) for name, _ in columns],
-            "–" if not math.isfinite(trend) else f"{'↗' if trend > 0 else '↘'} {signed(trend, 2)}",
+            "–" if not math.isfinite(trend) else f"{_arrow(trend)} {signed(trend, 2)}",
             bool(values.get("trend_q_value", 1.0) < SIGNIFICANT),
             probability(values["q_value"]),
             bool(values["q_value"] < SIGNIFICANT),
@@ -145,6 +145,15 @@ def head_table(source: Source, view: View) -> HeadTable:
         [row(values) for values in gained.to_dict("records")],
         [row(values) for values in lost.to_dict("records")],
     )
+
+
+def _arrow(trend: float) -> str:
+    return "→" if trend == 0 else "↗" if trend > 0 else "↘"
+
+
+def _without(feature: int, label: str) -> str:
+    """The label without the number that stands before it anyway."""
+    return " ".join(word for word in label.split() if word != str(feature))
 
 
 def hint(evidence: Evidence) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .comparison import FeatureRow, Measure
+from .comparison import Difference, FeatureRow, Measure
 from .sources import Source, View
 from .text import counted, percent, plain, probability, signed
 
@@ -21,11 +21,11 @@ POOR_FIT, NO_FIT = 0.5, 0.9
 def what_was_run(source: Source) -> str:
     """One line: trainer, steps, model, dictionary."""
     dictionaries = "; ".join(
-        f"dictionary {view.name} ({view.described['d_sae']:,} features at {view.described['hook_point']})"
+        f"{view.described['d_sae']:,} features of the dictionary “{view.name}” at {view.described['hook_point']}"
         for view in source.views
     )
     path = str(source.manifest.get("model") or "")
-    model = f"model {path.rstrip('/').rsplit('/', 1)[-1]}" if path else "a model without a name"
+    model = f"model “{path.rstrip('/').rsplit('/', 1)[-1]}”" if path else "a model without a name"
     if source.kind == "audit":
         objective = source.manifest["loss"]["objective"]
         return f"Audit before training ({objective}) of {counted(source.amount, 'example')}, {model}, {dictionaries}."
@@ -52,12 +52,14 @@ def in_short(
     behaviour, beside = _outcomes(measures, sources), _side_by_side(rows, sources)
     if not behaviour and not beside:
         return [largest, beyond, _over_time(source, view)]
-    return [sentence for sentence in (behaviour, beside, largest, beyond) if sentence]
+    return [sentence for sentence in (*behaviour, beside, largest, beyond) if sentence]
 
 
 def named(feature: int, label: str) -> str:
-    """“agreement” (feature 12), or feature 12."""
-    return f"“{label}” (feature {feature})" if label else f"feature {feature}"
+    """“agreement” (feature 12), or feature 12; a label that has the number in it says it itself."""
+    if not label:
+        return f"feature {feature}"
+    return f"“{label}”" if str(feature) in label.split() else f"“{label}” (feature {feature})"
 
 
 def _largest(source: Source, view: View, about: Mapping[int, str], of: str) -> str:
@@ -82,7 +84,8 @@ def _told(row: pd.Series, about: Mapping[int, str]) -> str:
 
 
 def _how_strongly(row: pd.Series) -> str:
-    return f"with {plain(row['lift'], 2)} times the share of the gradient that a random direction has (q {probability(row['q_value'])})"
+    beyond = "" if row["q_value"] < SIGNIFICANT else ", not beyond chance"
+    return f"with {plain(row['lift'], 2)} times the share of the gradient that a random direction has (q {probability(row['q_value'])}{beyond})"
 
 
 def _beyond_chance(source: Source, view: View) -> str:
@@ -104,10 +107,10 @@ def _beyond_chance(source: Source, view: View) -> str:
     return text + "."
 
 
-def _outcomes(measures: Sequence[Measure], sources: Sequence[Source]) -> str:
-    """What changed in the models' behaviour: of the measures that are wanted to move, or else the first two."""
-    chosen = [measure for measure in measures if measure.wanted][:3] or list(measures[:2])
-    return " ".join(part for measure in chosen if (part := _outcome(measure, sources)))
+def _outcomes(measures: Sequence[Measure], sources: Sequence[Source]) -> list[str]:
+    """What changed in the models' behaviour: of two measures, those first that are wanted to move."""
+    chosen = sorted(measures, key=lambda measure: not measure.wanted)[:2]
+    return [sentence for measure in chosen if (sentence := _outcome(measure, sources))]
 
 
 def _outcome(measure: Measure, sources: Sequence[Source]) -> str:
@@ -116,37 +119,58 @@ def _outcome(measure: Measure, sources: Sequence[Source]) -> str:
     if main is None:
         return ""
     better = {"up": " (more is better)", "down": " (less is better)", "": ""}[measure.wanted]
-    ends = [
-        f"at {after.text()} in {source.name}"
-        + ("" if gap is None or not gap.unclear else " (no clear difference)")
+    others = [
+        (f"at {after.text()} in {source.name}", gap)
         for source, after, gap in zip(sources[1:], measure.after[1:], measure.differences[1:], strict=True)
         if after is not None
     ]
+    ends = _with_doubts(others, f"not clearly different from {sources[0].name}")
     if before is None:
-        return f"“{measure.name}”{better} ended {_listed([f'at {main.text()} in {sources[0].name}', *ends])}."
+        return f"“{measure.name}”{better} ended at {main.text()} in {sources[0].name}{' and ' + ends if ends else ''}."
     unclear = " (no clear change)" if measure.change is not None and measure.change.unclear else ""
     text = (
         f"“{measure.name}”{better} went from {before.text()} to {main.text()} in {sources[0].name}{unclear}"
     )
-    return f"{text}; it ended {_listed(ends)}." if ends else f"{text}."
+    return f"{text}; it ended {ends}." if ends else f"{text}."
+
+
+def _with_doubts(parts: Sequence[tuple[str, Difference | None]], doubt: str) -> str:
+    """The parts as a list, the doubt behind each that has it, or once behind all."""
+    doubted = [gap is not None and gap.unclear for _, gap in parts]
+    if parts and all(doubted):
+        return f"{_listed([part for part, _ in parts])} ({doubt})"
+    return _listed(
+        [f"{part} ({doubt})" if unclear else part for (part, _), unclear in zip(parts, doubted, strict=True)]
+    )
 
 
 def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def _side_by_side(rows: Sequence[FeatureRow], sources: Sequence[Source]) -> str:
-    """How hard each run's loss pushed the first watched feature."""
-    if not rows or not rows[0].label:
+    """How the runs' push on the watched features differs: of one feature its values, of several how many differ."""
+    rows = [row for row in rows if row.label]
+    main = sources[0].name
+    if len(rows) == 1:
+        parts = [
+            (f"{signed(value[0])} in {source.name}", gap)
+            for source, value, gap in zip(sources, rows[0].values, rows[0].differences, strict=True)
+            if value is not None
+        ]
+        first, rest = parts[0][0], _with_doubts(parts[1:], f"not clearly different from {main}")
+        return f"The loss pushed {named(rows[0].feature, rows[0].label)} by {first} and {rest}, on average over the steps."
+    counts = []
+    for place, source in enumerate(sources[1:], start=1):
+        gaps = [row.differences[place] for row in rows]
+        clear = sum(gap is not None and gap.clear for gap in gaps)
+        counts.append(f"{clear} in {source.name}")
+    if not rows:
         return ""
-    row = rows[0]
-    parts = [
-        f"{signed(value[0])} in {source.name}"
-        + ("" if gap is None or gap.clear else " (no clear difference)")
-        for source, value, gap in zip(sources, row.values, row.differences, strict=True)
-        if value is not None
-    ]
-    return f"The push on {named(row.feature, row.label)} was {_listed(parts)}, on average over the steps."
+    return (
+        f"Among the {len(rows)} watched features the push is clearly different from that in {main} for "
+        f"{_listed(counts)}."
+    )
 
 
 def _over_time(source: Source, view: View) -> str:

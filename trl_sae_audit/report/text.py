@@ -32,8 +32,8 @@ def _visible(character: str) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """`value` with its sign and a true minus; "–" if it is not finite."""
-    return "–" if not math.isfinite(value) else f"{value:+.{digits}g}".replace("-", "−")
+    """`value` with its sign and a true minus; 0 has none; "–" if it is not finite."""
+    return plain(value, digits) if not value > 0 or math.isinf(value) else f"+{plain(value, digits)}"
 
 
 def plain(value: float, digits: int = 3) -> str:
