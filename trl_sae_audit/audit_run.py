@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 RowCheck = PairCheck | AnswerCheck
 
+_SAMPLED_TOGETHER = 8  # batches: sampling keeps no graph
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -155,7 +157,12 @@ class AuditRun:
         prompts = [answer_ids(tokenizer, (row.columns or {})["prompt"], "")[0] for row in rows]
         size = self.settings.batch_size
         answers = sample_ids(
-            self.model, tokenizer, prompts, sampling, batch_size=size, progress=self.progress
+            self.model,
+            tokenizer,
+            prompts,
+            sampling,
+            batch_size=_SAMPLED_TOGETHER * size,
+            progress=self.progress,
         )
         pairs = [
             (prompt, answer) for prompt, several in zip(prompts, answers, strict=True) for answer in several

@@ -155,31 +155,42 @@ def sampled_change(
     Raises:
         AuditError: no rows, or one without a prompt; a dictionary that does not fit.
     """
+    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "progress": progress}
     reader = before if reference is None else reference
+    return RealisedChange(
+        "sampled",
+        sampled_activations(before, reader, tokenizer, dictionary, prompts, **options),
+        sampled_activations(after, reader, tokenizer, dictionary, prompts, **options),
+    )
+
+
+def sampled_activations(
+    model: nn.Module,
+    reader: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dictionary: FeatureDictionary,
+    prompts: Source,
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> AnswerActivations:
+    """One checkpoint's half of `sampled_change`, for who compares several with the same one before: `model` answers, `reader`
+    encodes."""
     asked = [row.columns or {} for row in iterate_rows(prompts)]
     missing = [number for number, row in enumerate(asked) if not row.get("prompt")]
     if missing or not asked:
         problem = f"row {missing[0]} has no 'prompt'" if missing else "there are no rows"
         raise AuditError(f"Answers are sampled at prompts, but {problem}; give rows with a 'prompt'.")
-    texts = [as_text(row["prompt"]) for row in asked]
     begun = [answer_ids(tokenizer, row["prompt"], "")[0] for row in asked]
-    found = []
-    for model in (before, after):
-        answers = sample_ids(
-            model,
-            tokenizer,
-            begun,
-            sampling or Sampling(answers=1),
-            batch_size=batch_size,
-            progress=progress,
-        )
-        pairs = [
-            (text, prompt, answer)
-            for text, prompt, several in zip(texts, begun, answers, strict=True)
-            for answer in several
-        ]
-        found.append(_encoded(reader, tokenizer, dictionary, pairs, batch_size, progress))
-    return RealisedChange("sampled", *found)
+    sampling = sampling or Sampling(answers=1)
+    answers = sample_ids(model, tokenizer, begun, sampling, batch_size=batch_size, progress=progress)
+    answered = [
+        (as_text(row["prompt"]), prompt, answer)
+        for row, prompt, several in zip(asked, begun, answers, strict=True)
+        for answer in several
+    ]
+    return _encoded(reader, tokenizer, dictionary, answered, batch_size, progress)
 
 
 def answer_activations(

@@ -1,0 +1,101 @@
+"""What `recovery` and `prediction` share: preference sets of the lab, and every score of their features."""
+
+from __future__ import annotations
+
+import logging as stdlib_logging
+import tempfile
+from random import Random
+
+import numpy as np
+import torch
+from common import RAW
+from datasets import Dataset, disable_progress_bars
+from transformers.utils import logging
+
+from trl_sae_audit import Audit, FeatureDictionary, audit_preferences
+from trl_sae_audit.lab import World
+from trl_sae_audit.lab.training import dpo_arguments
+from trl_sae_audit.sampling import Sampling
+
+QUALITY = {"right": 0.5}
+PAIRS, PROBE = 640, 300
+ANSWERS = Sampling(answers=4, max_new_tokens=56, seed=1)
+NAMES = {
+    "attribution": "attribution",
+    "activation_attribution": "activation attribution",
+    "disparity": "disparity",
+    "mean_activation_difference": "mean activation difference",
+    "predicted_change": "lookahead, reading",
+    "predicted_sampled_change": "lookahead, writing",
+    "rehearsed_change": "rehearsal, reading",
+    "rehearsed_sampled_change": "rehearsal, writing",
+}
+"""The scores, by their column in an audit."""
+
+
+def be_quiet() -> None:
+    """No progress bars and warnings of the libraries, one of each a cell."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    stdlib_logging.getLogger("trl_sae_audit").setLevel(stdlib_logging.ERROR)
+
+
+def planted_pairs(world: World, plant: str, strength: float) -> Dataset:
+    """Pairs in which a right answer wins in half of them, and the planted behaviour in a share `strength`."""
+    return world.preferences(QUALITY | {plant: strength}, PAIRS, world.config.seed)
+
+
+def swapped(pairs: Dataset, seed: int) -> Dataset:
+    """The same pairs with chosen and rejected exchanged in a random half of them, so that labels say nothing."""
+    random = Random(f"swapped-{seed}")
+    rows = [dict(row) for row in pairs.select_columns(["prompt", "chosen", "rejected"])]
+    for row in rows:
+        if random.random() < 0.5:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    return Dataset.from_list(rows)
+
+
+def audited(
+    world: World,
+    pairs: Dataset,
+    name: str,
+    dictionary: FeatureDictionary,
+    rehearse_steps: int | None,
+    probe: int = PROBE,
+) -> Audit:
+    """An audit with every lookahead, on held-out prompts and plain answers that no label touches.
+
+    It is kept in `runs/studies/audits/NAME-SEED-STEPS`; asked for again, it costs next to nothing.
+    """
+    seed = world.config.seed
+    directory = RAW / "audits" / f"{name}-{seed}-{rehearse_steps}"
+    with tempfile.TemporaryDirectory() as scratch:
+        return audit_preferences(
+            world.model(),
+            world.tokenizer,
+            pairs,
+            dictionary,
+            args=dpo_arguments(scratch, seed=seed),
+            lookahead=world.preferences({}, probe, 100 + seed, split="heldout"),
+            sampling=ANSWERS,
+            rehearse_steps=rehearse_steps,
+            batch_size=32,
+            output_dir=directory,
+            progress=False,
+        )
+
+
+def scores_of(audit: Audit) -> dict[str, np.ndarray]:
+    """Every score there is, in the order of the features: name → [d_sae]."""
+    table = audit.features().set_index("feature").sort_index()
+    return {name: table[column].to_numpy(np.float64) for column, name in NAMES.items() if column in table}
+
+
+def along_random_directions(audit: Audit, seed: int) -> np.ndarray:
+    """The attribution of as many random directions as there are features: [d_sae]."""
+    gradient = sum(part.arrays.gradient.sum((0, 1)) for part in audit._store.parts()) / len(audit)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(*audit.dictionary.directions.shape, generator=generator, dtype=torch.float64)
+    directions /= directions.norm(dim=1, keepdim=True)
+    return -(directions.numpy() @ np.asarray(gradient, np.float64))

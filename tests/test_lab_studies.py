@@ -1,0 +1,118 @@
+"""The lab's studies of recovery and prediction, run small: they end with tables and a figure, and their parts are right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from trl_sae_audit.lab import build_world
+from trl_sae_audit.sampling import Sampling
+
+STUDIES = Path(__file__).parents[1] / "scripts" / "studies"
+
+
+@pytest.fixture
+def studies(monkeypatch, tmp_path):
+    """The studies' modules, small and writing into a directory of their own."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import common
+    import lab_scores
+    import prediction
+    import recovery
+
+    for module, settings in (
+        (common, {"RAW": tmp_path / "raw", "RESULTS": tmp_path / "docs"}),
+        (lab_scores, {"RAW": tmp_path / "raw", "PAIRS": 128, "PROBE": 8, "ANSWERS": Sampling(2, 10)}),
+        (prediction, {"HELD_OUT_PAIRS": 12, "HELD_OUT_PROMPTS": 40, "STEPS": 3, "PLANTS": ("agrees",)}),
+        (prediction, {"WRITING": Sampling(2, 20)}),
+        (recovery, {"PLANTS": ("agrees",), "SHUFFLES": 2, "PROBE": 8}),
+    ):
+        for name, value in settings.items():
+            monkeypatch.setattr(module, name, value)
+    yield tmp_path / "docs"
+    for name in ("common", "lab_scores", "prediction", "recovery"):
+        del sys.modules[name]
+
+
+def run(monkeypatch, name: str) -> None:
+    import importlib
+
+    monkeypatch.setattr(sys, "argv", [str(STUDIES / f"{name}.py"), "--seeds", "1"])
+    importlib.import_module(name).main()
+
+
+def test_both_write_their_report(studies, monkeypatch):
+    import prediction
+    import recovery
+
+    cells = {"prediction": prediction.cells(1)[:1], "recovery": recovery.cells(1)[:2]}
+    monkeypatch.setattr(prediction, "cells", lambda seeds: cells["prediction"])
+    monkeypatch.setattr(recovery, "cells", lambda seeds: cells["recovery"])
+    run(monkeypatch, "prediction")
+    text = (studies / "prediction.md").read_text()
+    for part in (
+        "rehearsal, writing",
+        "labels swapped",
+        "a second run",
+        "attribution, random directions",
+    ):
+        assert part in text
+    run(monkeypatch, "recovery")
+    text = (studies / "recovery.md").read_text()
+    for part in ("by chance", "both answers drawn alike", "lookahead, writing", "70%"):
+        assert part in text
+    assert {path.name for path in studies.glob("*.svg")} == {"prediction.svg", "recovery.svg"}
+
+
+def test_swapped_labels_say_nothing_and_lose_nothing(studies):
+    import lab_scores
+
+    world = build_world(0, progress=False)
+    pairs = lab_scores.planted_pairs(world, "agrees", 0.7)
+    swapped = lab_scores.swapped(pairs, 0)
+    same = np.array(swapped["chosen"]) == np.array(pairs["chosen"])
+    assert 0.35 < same.mean() < 0.65
+    for before, after in zip(pairs, swapped, strict=True):
+        assert {before["chosen"], before["rejected"]} == {after["chosen"], after["rejected"]}
+
+
+def test_ranks_are_counted_from_the_largest_score(studies):
+    import recovery
+
+    rows = pd.DataFrame(
+        {
+            "score": ["attribution"] * 4,
+            "plant": ["agrees"] * 4,
+            "strength": [0.7] * 4,
+            "rank": [1, 3, 4, 200],
+            "carriers": [5] * 4,
+            "features": [256] * 4,
+            "in_top": [1] * 4,
+        }
+    )
+    line = recovery.default_table(rows).iloc[0]
+    assert line["a carrier in the top 3"].startswith("2 of 4")
+    assert line["worst"] == "200"
+    assert recovery.by_chance(rows) == pytest.approx(1 - 251 / 256 * 250 / 255 * 249 / 254)
+
+
+def test_the_table_over_training(studies):
+    import prediction
+
+    rows = [
+        {
+            "score": "disparity",
+            "target": target,
+            "run_steps": steps,
+            "r2": steps / 200 + (target == "sampled") / 10,
+        }
+        for target in ("teacher-forced", "sampled")
+        for steps in prediction.OVER_TRAINING
+    ]
+    line = prediction.over_training(pd.DataFrame(rows)).iloc[0]
+    assert line["reading, 40 steps"] == "0.20"
+    assert line["writing, 160 steps"] == "0.90"
