@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import zlib
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from trl_sae_audit import AuditError, RunRecord, cli
 from trl_sae_audit.evidence_files import FILE as EVIDENCE
 from trl_sae_audit.evidence_files import read_evidence, write_evidence
 from trl_sae_audit.outcomes import Outcome, write_outcomes
+from trl_sae_audit.record_writer import RecordWriter
 from trl_sae_audit.report import write_report
 from trl_sae_audit.report.charts import Line, draw, thinned, ticks
 from trl_sae_audit.report.comparison import difference_of_estimates
@@ -29,6 +31,7 @@ from trl_sae_audit.report.packing import as_json, packed_features
 from trl_sae_audit.report.sections import head_table
 from trl_sae_audit.report.sources import open_source
 from trl_sae_audit.report.text import percent, plain, probability, shown, signed
+from trl_sae_audit.totals import FeatureTotals
 
 
 @pytest.fixture(scope="module")
@@ -433,3 +436,53 @@ def test_a_running_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pyt
     page = Page(directory / "report.html")
     assert page.data["reload"] is None
     assert "the page loads itself again" not in page.text
+
+
+def test_before_the_first_figures_a_watch_waits_and_a_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = make_record(tmp_path / "finished", make_dictionary())
+    directory = tmp_path / "run"
+    header = {"dictionaries": RunRecord.load(finished).dictionaries}
+    writer = RecordWriter.create(directory, header)
+    assert cli.main(["report", str(directory)]) == 2
+    assert "no totals yet" in capsys.readouterr().err
+    waited = []
+
+    def pass_time(seconds: float) -> None:
+        waited.append(seconds)
+        writer.close("finished", 48, {"tiny": RunRecord.load(finished).totals()})
+
+    monkeypatch.setattr("trl_sae_audit.commands.report.time.sleep", pass_time)
+    assert cli.main(["report", str(directory), "--watch"]) == 0
+    assert waited == [10.0]
+    assert "48 optimizer steps" in Page(directory / "report.html").text
+
+
+def test_several_dictionaries_each_have_their_sections(tmp_path: Path, record: Path) -> None:
+    totals = RunRecord.load(record).totals()
+    both = [
+        asdict(make_dictionary(name=name, seed=seed).info) for seed, name in enumerate(("lower", "upper"))
+    ]
+    writer = RecordWriter.create(tmp_path / "run", {"trainer": "DPOTrainer", "dictionaries": both})
+    writer.close("finished", 48, {"lower": totals, "upper": totals})
+    page = Page(write_report(tmp_path / "run"))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert [each["name"] for each in page.data["dictionaries"]] == ["lower", "upper"]
+    assert [attributes.get("data-dictionary") for _, attributes in page.tags].count("1") == 2
+    assert "What the loss pushed, dictionary upper" in page.text
+
+
+def test_a_run_in_which_nothing_was_pushed_is_shown(tmp_path: Path) -> None:
+    dictionary = make_dictionary()
+    zero = np.zeros((4, 64))
+    totals = FeatureTotals(64)
+    totals.update(
+        zero, zero, zero, np.full((4, 64), np.nan), zero, finite=np.array([True, False, True, False])
+    )
+    writer = RecordWriter.create(tmp_path / "run", {"dictionaries": [asdict(dictionary.info)]})
+    writer.close("finished", 4, {dictionary.name: totals})
+    text = " ".join(Page(write_report(tmp_path / "run")).text.split())
+    assert "Nothing was pushed up." in text
+    assert "0 of 64 features are beyond chance" in text

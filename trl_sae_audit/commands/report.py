@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import AuditError
 from ..report.page import open_sources, write_report
-from ..report.sources import Source
+from ..report.sources import Source, has_begun
 from ..terminal import OutputArguments, to_copy
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments, first_as_option
@@ -96,6 +96,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.evidence:
         _gather(arguments)
     audit = arguments.audit or _audit_beside(Path(arguments.source))
+    while arguments.watch and not has_begun(arguments.source):
+        time.sleep(arguments.every)
     while True:
         status = open_sources(arguments.source)[0].status
         going_on = arguments.watch and status == "running"

@@ -72,7 +72,7 @@ class Map:
 def curriculum_map(
     means: np.ndarray, bins: np.ndarray, keep: Iterable[int] = (), most: int = MOST_FEATURES
 ) -> Map | None:
-    """The map of the features with the most attribution over the run, in either direction; None before the second bin.
+    """The map of the features with the most attribution over the run, in either direction; None before the second bin, or where nothing moved.
 
     Args:
         means: mean attribution a step, [bins, F]; NaN where no step was finite.
@@ -83,6 +83,8 @@ def curriculum_map(
     if len(bins) < 2:
         return None
     chosen = _chosen(means, keep, most)
+    if not len(chosen):
+        return None
     values = means[:, chosen].T
     profiles = np.nan_to_num(values)
     norms = np.linalg.norm(profiles, axis=1, keepdims=True)

@@ -151,7 +151,7 @@ def _render(
         "warnings": sentences.warnings(main),
         "outcomes": sections.outcome_plot(measures, sources) if measures else None,
         "compared": sections.feature_plot(rows, sources, hints),
-        "compared_charts": sections.compared_charts(sources),
+        "compared_charts": sections.compared_charts(rows, sources),
         "panels": panels,
         "shaping": [
             (source.name, charts) for source in sources if (charts := sections.shaping_charts(source))

@@ -208,27 +208,27 @@ def watched_charts(source: Source, view: View) -> list[Drawing]:
     return [chart for chart in charts if chart is not None]
 
 
-def compared_charts(sources: Sequence[Source], most: int = 4) -> list[Drawing]:
-    """Each feature watched in the first run, in every run that recorded it."""
+def compared_charts(rows: Sequence[FeatureRow], sources: Sequence[Source], most: int = 4) -> list[Drawing]:
+    """The first watched features of a comparison, in every run that recorded them."""
     main = sources[0].views[0]
     views = [view_like(source, main) for source in sources]
     charts = []
-    for label, feature in list(main.watched.items())[:most] if len(sources) > 1 else ():
+    for row in [row for row in rows if row.label][:most]:
         lines = []
         for place, (source, view) in enumerate(zip(sources, views, strict=True)):
             steps = view.tables.get("steps") if view else None
-            rows = None if steps is None else steps[steps["feature"] == feature]
-            if rows is not None and len(rows):
+            own = None if steps is None else steps[steps["feature"] == row.feature]
+            if own is not None and len(own):
                 lines.append(
                     Line(
                         source.name,
-                        rows["step"].to_numpy(),
-                        rows["attribution"].to_numpy(),
+                        own["step"].to_numpy(),
+                        own["attribution"].to_numpy(),
                         style=f"run-{place % 6}",
                     )
                 )
         if len(lines) > 1:
-            charts.append(draw(named(feature, shown(label, 80)), lines, "attribution in a step"))
+            charts.append(draw(named(row.feature, shown(row.label, 80)), lines, "attribution in a step"))
     return [chart for chart in charts if chart is not None]
 
 

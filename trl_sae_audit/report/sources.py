@@ -17,7 +17,7 @@ from ..errors import AuditError
 from ..evidence_files import Evidence, read_evidence
 from ..outcomes import Outcome, read_outcomes
 from ..record import RunRecord
-from ..record_manifest import MANIFEST
+from ..record_manifest import MANIFEST, read_manifest
 
 _OF_THE_AUDIT = ("length_correlation", "length_q_value", "disparity", "active_examples", "predicted_change")
 
@@ -85,6 +85,19 @@ def open_source(path: str | os.PathLike[str], name: str | None = None) -> Source
     directory = Path(path)
     kind = _kind(directory)
     return (_run if kind == "run" else _audit)(directory, name or directory.resolve().name)
+
+
+def has_begun(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something to show yet: a run writes its first figures some time after its first step.
+
+    Raises:
+        AuditError: as `open_source`.
+    """
+    directory = Path(path)
+    if _kind(directory) == "audit":
+        return True
+    manifest = read_manifest(directory)
+    return bool(manifest.totals) or manifest.status != "running"
 
 
 def with_audit(source: Source, audit: Source) -> Source:
