@@ -153,7 +153,7 @@ def _train(loop: Loop, narrator: Narrator) -> None:
     narrator.step(
         "Three DPO runs",
         "TRL’s own DPOTrainer, from the same model, as many steps each. In callbacks=[…] stands one object more, which reads "
-        "the gradient of every step and writes down which features it asks for: the run record. Below, one of those flagged.",
+        "the gradient of every step and writes down which features it asks for: the run record. Below, how strongly they ask for one of the flagged ones.",
     )
     for name in ("plain", "filtered", "shaped"):
         loop.dpo(name)

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from ..terminal import Justify, table, to_copy
 
 WIDTH = 80
-SHOWN_LOGS = ("reward", "objective/scores", "rewards/accuracies")
+REWARDS = ("reward", "objective/scores")
+"""What GRPO and PPO call the mean reward in their logs."""
 
 
 class Narrator:
@@ -64,7 +65,7 @@ class Narrator:
 
 
 class Progress(TrainerCallback):
-    """A line for each of the trainer's logs: a number of its own, and what the step asks of one watched feature.
+    """A line for each of the trainer's logs: the reward, where there is one, and what the steps ask of one feature.
 
     Args:
         narrator: to say it.
@@ -78,9 +79,9 @@ class Progress(TrainerCallback):
         self.label = label
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        shown = [f"{name.rsplit('/')[-1]} {logs[name]:>6.3f}" for name in SHOWN_LOGS if name in logs]
+        shown = [f"reward {logs[name]:.2f}" for name in REWARDS if name in logs]
         asked = f"sae/{self.label}/attribution"
         if asked in logs:
-            shown.append(f"“{self.label}” is asked for by {logs[asked]:+.4f}")
+            shown.append(f"asks for “{self.label}”: {logs[asked]:+.4f}")
         if shown and "train_runtime" not in logs:
             self.narrator.say(f"{self.name:<13} step {state.global_step:>2}   {'   '.join(shown)}", "dim")
