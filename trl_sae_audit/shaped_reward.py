@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from .errors import AuditError
 from .flags import Flag
 from .log_once import NextLog
 from .penalties import Penalty
-from .residual_stream import evaluation_mode
+from .reward_models import awaited, model_as_function, name_of
 from .rollout import trainer_of_function
 from .scorer import FeatureScorer
 from .shaping import Shaper, checked_rewards
@@ -129,62 +127,6 @@ class _AsyncShapedReward(ShapedReward):
         rewards = self._shape(prompts, completions, returned, learning=learning)
         self._log(trainer, kwargs, learning=learning)
         return rewards
-
-
-def model_as_function(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
-) -> Callable[..., list[float]]:
-    """A sequence classification model as a reward function of texts, tokenized as TRL does for its reward models.
-
-    Raises:
-        AuditError: no tokenizer; more than one label.
-    """
-    if tokenizer is None:
-        raise AuditError(
-            f"The reward is the model {type(model).__name__}; pass its tokenizer as reward_tokenizer=."
-        )
-    if isinstance(model, PreTrainedModel) and model.config.num_labels != 1:
-        raise AuditError(
-            f"Reward model {name_of(model)!r} has {model.config.num_labels} labels, so its reward is not one number; "
-            "load it with num_labels=1, or pass a function that combines them."
-        )
-
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
-        texts = [joined_text(*pair, tokenizer) for pair in zip(prompts, completions, strict=True)]
-        batch = tokenizer(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-        )
-        device = next(model.parameters()).device
-        with torch.inference_mode(), evaluation_mode(model):
-            logits = model(**{name: values.to(device) for name, values in batch.items()}).logits
-        return logits[:, 0].float().tolist()
-
-    return reward
-
-
-def awaited(value: Any) -> Any:
-    """The result of what may be awaitable; outside any event loop."""
-
-    async def wait() -> Any:
-        return await value
-
-    return asyncio.run(wait()) if inspect.isawaitable(value) else value
-
-
-def joined_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt and completion as the one text TRL gives a reward model."""
-    if isinstance(prompt, str):
-        return prompt + completion
-    return str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
-
-
-def name_of(reward: Any) -> str:
-    """What TRL would call the reward in its logs."""
-    if isinstance(reward, PreTrainedModel):
-        return reward.config.name_or_path.split("/")[-1] or type(reward).__name__
-    while isinstance(reward, functools.partial):
-        reward = reward.func
-    return reward.__name__ if hasattr(reward, "__name__") else type(reward).__name__
 
 
 def _is_async(reward: Any) -> bool:

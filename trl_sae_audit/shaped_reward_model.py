@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,19 +20,12 @@ from .errors import AuditError
 from .flags import Flag, FlagSet
 from .log_once import NextLog
 from .penalties import Penalty
+from .response_tokens import response_tokens, split_rows, until_padding
+from .reward_models import awaited, check_reward_model, model_as_function, name_of, without_adapters
 from .rollout import text_rollout, token_rollout
 from .scorer import FeatureScorer
-from .shaped_reward import awaited, model_as_function, name_of
-from .shaping import Shaper, checked_rewards, penalty_from_settings
-from .tokenized import check_tokenizer
-
-VERSION = 1
-_SHAPING, _FLAGS, _CALIBRATION, _REWARD = (
-    "shaping.json",
-    "flags.yaml",
-    "calibration.safetensors",
-    "reward_model",
-)
+from .shaped_reward_files import load_shaped, save_shaped
+from .shaping import Shaper, checked_rewards
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class ShapedRewardModel(nn.Module):
             )
         if not callable(reward):
             raise AuditError(f"The reward is a {type(reward).__name__}; pass a reward model or a function.")
-        classifier = _without_adapters(reward)
+        classifier = without_adapters(reward)
         self.name = name_of(classifier)
         self.shaper = Shaper(scorer, flags, 0.0 if penalty is None else penalty)
         self.tokenizer = tokenizer if tokenizer is not None or scorer is None else scorer.tokenizer
@@ -119,7 +109,7 @@ class ShapedRewardModel(nn.Module):
         self.inner: nn.Module | None = None
         self.config = PretrainedConfig(name_or_path=self.name)
         if isinstance(reward, nn.Module):
-            _check_reward_model(classifier, reward_tokenizer or self.tokenizer)
+            check_reward_model(classifier, reward_tokenizer or self.tokenizer)
             self.inner = reward
             if isinstance(classifier, PreTrainedModel):
                 self.config = classifier.config
@@ -150,15 +140,15 @@ class ShapedRewardModel(nn.Module):
         rollout = token_rollout()
         self._move_to(input_ids.device)
         self.shaper.begin(rollout.trainer, learning=rollout.learning)
-        attended = _until_padding(attention_mask.bool(), rollout.context_length)
-        prompts, responses = _split(input_ids, attended, rollout.context_length)
+        attended = until_padding(attention_mask.bool(), rollout.context_length)
+        prompts, responses = split_rows(input_ids, attended, rollout.context_length)
         with self._capture() as captured:
             logits = self._inner_logits(input_ids, attention_mask, position_ids, prompts, responses)
         rows = torch.arange(len(logits), device=logits.device)
         last = attended[:, rollout.context_length :].sum(1) - 1 + rollout.context_length
         rewards = checked_rewards(logits[rows, last, 0].detach().float().cpu(), len(logits), self.name)
         if captured and self._same_tokens:
-            counted = _response_tokens(input_ids, attended, rollout.context_length, self._special())
+            counted = response_tokens(input_ids, attended, rollout.context_length, self._special())
             scores = self._scores_of(captured[0], counted)
         elif self._same_tokens:
             scores = self.shaper.score_ids(prompts, responses)
@@ -238,27 +228,7 @@ class ShapedRewardModel(nn.Module):
         Raises:
             AuditError: a reward model with PEFT adapters.
         """
-        directory = Path(directory)
-        if isinstance(self.inner, PeftModel):
-            raise AuditError(
-                f"Reward model {self.name!r} has PEFT adapters, which cannot be read back without their base model; pass "
-                "ShapedRewardModel the merged model, reward_model.merge_and_unload()."
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.inner is not None:
-            self.inner.save_pretrained(directory / _REWARD)  # type: ignore[operator]
-        self.shaper.flags.save(directory / _FLAGS)
-        if self.shaper.scorer is not None and self.shaper.scorer.calibrated:
-            self.shaper.scorer.save(directory / _CALIBRATION)
-        penalty = self.shaper.penalty
-        content = {
-            "version": VERSION,
-            "reward": self.name,
-            "kind": type(penalty).__name__,
-            "settings": penalty.settings(),
-            "state": penalty.state_dict(),
-        }
-        (directory / _SHAPING).write_text(json.dumps(content, indent=2))
+        save_shaped(Path(directory), self.name, self.inner, self.shaper)
 
     @classmethod
     def from_pretrained(
@@ -284,23 +254,8 @@ class ShapedRewardModel(nn.Module):
         Raises:
             AuditError: incomplete, damaged, or of another version or dictionary.
         """
-        directory = Path(directory)
-        content = _read_shaping(directory / _SHAPING)
-        if reward is None:
-            if not (directory / _REWARD).is_dir():
-                raise AuditError(
-                    f"The reward saved in {directory} was the function {content['reward']!r}, which is not in the files; "
-                    "pass it as reward=."
-                )
-            reward = AutoModelForSequenceClassification.from_pretrained(
-                directory / _REWARD, **model_arguments
-            )
-        if scorer is not None and (directory / _CALIBRATION).is_file():
-            scorer.load(directory / _CALIBRATION)
-        penalty = penalty_from_settings(content["kind"], content["settings"])
-        penalty.load_state_dict(content["state"])
-        flags = FlagSet.load(directory / _FLAGS)
-        return cls(reward, scorer, flags, penalty, tokenizer=tokenizer, reward_tokenizer=reward_tokenizer)
+        saved, flags, penalty = load_shaped(Path(directory), scorer, reward, model_arguments)
+        return cls(saved, scorer, flags, penalty, tokenizer=tokenizer, reward_tokenizer=reward_tokenizer)
 
     # Behind it
 
@@ -314,7 +269,7 @@ class ShapedRewardModel(nn.Module):
     ) -> Tensor:
         """The inner reward [rows, tokens, 1] as get_reward would have computed it."""
         if self.inner is not None and self.reward_tokenizer is None:
-            model: Any = _without_adapters(self.inner)
+            model: Any = without_adapters(self.inner)
             output = getattr(model, model.base_model_prefix)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -407,29 +362,6 @@ class ShapedRewardModel(nn.Module):
             self.shaper.scorer.to(device)
 
 
-def _until_padding(attended: Tensor, context_length: int) -> Tensor:
-    """`attended` [rows, tokens] with each response ending at its first padding, as PPO has it."""
-    response = attended[:, context_length:].long().cumprod(1).bool()
-    return torch.cat([attended[:, :context_length], response], 1)
-
-
-def _split(
-    input_ids: Tensor, attended: Tensor, context_length: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and responses without padding."""
-    rows = list(zip(input_ids, attended, strict=True))
-    prompts = [ids[:context_length][kept[:context_length]].tolist() for ids, kept in rows]
-    responses = [ids[context_length:][kept[context_length:]].tolist() for ids, kept in rows]
-    return prompts, responses
-
-
-def _response_tokens(input_ids: Tensor, attended: Tensor, context_length: int, special: Tensor) -> Tensor:
-    """Which tokens count for a score [rows, tokens]: the response's, but for special ones and the row's first."""
-    place = torch.arange(input_ids.shape[1], device=input_ids.device)
-    counted = attended & (place >= context_length) & (attended.cumsum(1) > 1)
-    return counted & ~torch.isin(input_ids, special.to(input_ids.device))
-
-
 def _subtract(logits: Tensor, off: Tensor) -> Tensor:
     """In float32 or better, returned in the logits' own type."""
     return (logits.float() - off.to(logits.device, torch.float32)).to(logits.dtype)
@@ -443,56 +375,5 @@ def _judged(reward: float | None, name: str) -> float:
     return reward
 
 
-def _without_adapters(reward: Any) -> Any:
-    """The model that a PEFT model has put its adapters into, where they stay at work; anything else as it is.
-
-    Raises:
-        AuditError: adapters that are not in the model but before its input.
-    """
-    if not isinstance(reward, PeftModel):
-        return reward
-    if reward.active_peft_config.is_prompt_learning:
-        raise AuditError(
-            f"The reward model's adapter is {reward.active_peft_config.peft_type.value}, which stands before the input "
-            "where PPO does not pass; use LoRA or another adapter within the model, or pass a function that returns its "
-            "rewards."
-        )
-    return reward.get_base_model()
-
-
-def _check_reward_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    prefix = str(model.base_model_prefix) if hasattr(model, "base_model_prefix") else ""
-    if not prefix or not hasattr(model, prefix) or not hasattr(model, "score"):
-        missing = "no head called `score`" if prefix and hasattr(model, prefix) else "no backbone"
-        raise AuditError(
-            f"Reward model {type(model).__name__} has {missing}, which PPO needs; load it with "
-            "AutoModelForSequenceClassification.from_pretrained(…, num_labels=1), or pass a function that returns its "
-            "rewards."
-        )
-    if isinstance(model, PreTrainedModel):
-        if model.config.num_labels != 1:
-            raise AuditError(
-                f"Reward model {type(model).__name__} has {model.config.num_labels} labels, so its reward is not one "
-                "number; load it with num_labels=1, or pass a function that combines them."
-            )
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, model)
-
-
 def _same_vocabulary(one: PreTrainedTokenizerBase | None, other: PreTrainedTokenizerBase) -> bool:
     return one is not None and (one is other or one.get_vocab() == other.get_vocab())
-
-
-def _read_shaping(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        version = content["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AuditError(
-            f"{path} cannot be read ({type(error).__name__}); give a directory written by save_pretrained."
-        ) from error
-    if version != VERSION:
-        raise AuditError(
-            f"{path} has version {version!r}, and this version of trl-sae-audit reads {VERSION}."
-        )
-    return content

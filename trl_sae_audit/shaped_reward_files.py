@@ -1,0 +1,97 @@
+"""A shaped reward model on disk: the reward model, the flags, the calibration, and the penalty with its coefficients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from .errors import AuditError
+from .flags import FlagSet
+from .penalties import Penalty
+from .scorer import FeatureScorer
+from .shaping import Shaper, penalty_from_settings
+
+VERSION = 1
+_SHAPING, _FLAGS, _CALIBRATION, _REWARD = (
+    "shaping.json",
+    "flags.yaml",
+    "calibration.safetensors",
+    "reward_model",
+)
+
+
+def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -> None:
+    """Write all of it.
+
+    Args:
+        directory: where; made if need be.
+        name: of the reward.
+        reward_model: None for a function, which is not written.
+        shaper: its flags, scorer and penalty.
+
+    Raises:
+        AuditError: a reward model with PEFT adapters.
+    """
+    if isinstance(reward_model, PeftModel):
+        raise AuditError(
+            f"Reward model {name!r} has PEFT adapters, which cannot be read back without their base model; pass "
+            "ShapedRewardModel the merged model, reward_model.merge_and_unload()."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if reward_model is not None:
+        reward_model.save_pretrained(directory / _REWARD)
+    shaper.flags.save(directory / _FLAGS)
+    if shaper.scorer is not None and shaper.scorer.calibrated:
+        shaper.scorer.save(directory / _CALIBRATION)
+    content = {
+        "version": VERSION,
+        "reward": name,
+        "kind": type(shaper.penalty).__name__,
+        "settings": shaper.penalty.settings(),
+        "state": shaper.penalty.state_dict(),
+    }
+    (directory / _SHAPING).write_text(json.dumps(content, indent=2))
+
+
+def load_shaped(
+    directory: Path, scorer: FeatureScorer | None, reward: Any, model_arguments: Mapping[str, Any]
+) -> tuple[nn.Module | Any, FlagSet, Penalty]:
+    """Reward, flags and penalty; the scorer takes over the calibration that was saved.
+
+    Raises:
+        AuditError: incomplete, damaged, or of another version or dictionary.
+    """
+    content = _read(directory / _SHAPING)
+    if reward is None:
+        if not (directory / _REWARD).is_dir():
+            raise AuditError(
+                f"The reward saved in {directory} was the function {content['reward']!r}, which is not in the files; "
+                "pass it as reward=."
+            )
+        reward = AutoModelForSequenceClassification.from_pretrained(directory / _REWARD, **model_arguments)
+    if scorer is not None and (directory / _CALIBRATION).is_file():
+        scorer.load(directory / _CALIBRATION)
+    penalty = penalty_from_settings(content["kind"], content["settings"])
+    penalty.load_state_dict(content["state"])
+    return reward, FlagSet.load(directory / _FLAGS), penalty
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        version = content["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AuditError(
+            f"{path} cannot be read ({type(error).__name__}); give a directory written by save_pretrained."
+        ) from error
+    if version != VERSION:
+        raise AuditError(
+            f"{path} has version {version!r}, and this version of trl-sae-audit reads {VERSION}."
+        )
+    return content
