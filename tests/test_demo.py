@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_demo_goes_round_the_loop_and_ends_with_the_report(
     for said in ("What the plain run taught", "filtered", "shaped", "agrees with the user", "answers right"):
         assert said in page
     assert "agrees with the user" in (directory / f"report-{ON_POLICY}.html").read_text()
+
+
+def test_demo_as_one_json_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "build_world", lambda seed: build_world(config=SMALL, progress=False))
+    sizes = ["--steps", "1", "--pairs", "200", "--rl_steps", "0", "--answers", "20"]
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "demo"), *sizes, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["outcomes"]) == {"before", "dpo-plain", "dpo-filtered", "dpo-shaped"}
+    assert Path(document["report"]).is_file()
 
 
 def test_demo_refuses_a_directory_that_is_not_its_own(

@@ -38,6 +38,12 @@ PLAN = {
         *("filter", "--dataset", "pairs.jsonl", "--audit", "audited", "--budget", "0.1"),
         *("--control", "true", "--output_dir", "kept"),
     ],
+    "verify": [
+        *("verify", "audited", *MODEL, "--after", "model-after", "--sae", "sae", "--dataset", "pairs.jsonl"),
+        *("--max_new_tokens", "6", "--draws", "20"),
+    ],
+    "report": ["report", "audited"],
+    "compare": ["compare", "audited", "audited", "--names", "one", "two"],
     "doctor": ["doctor", *MODEL, "--texts", "pairs.jsonl", "--sae", "sae"],
     "train-sae": [
         *("train-sae", *MODEL, "--texts", "pairs.jsonl", "--hook_point", "model.layers.1"),
@@ -60,6 +66,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = worlds.make_tokenizer()
     worlds.make_model(tokenizer).save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
+    worlds.make_model(tokenizer, seed=9).save_pretrained(directory / "model-after")
+    tokenizer.save_pretrained(directory / "model-after")
     pairs = worlds.pairs(30).to_list()
     text = "".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[0]])
     (directory / "pairs.jsonl").write_text(text)
@@ -107,10 +115,17 @@ def test_json_is_one_document_with_what_the_text_says(printed: Path, command: st
         "audit": lambda: (document["top"][0]["feature"], document["examples"]),
         "flag": lambda: (document["flag"]["label"], f"{document['found']['q_value']:.2g}"),
         "filter": lambda: (document["kept"], f"{document['flags'][0]['attribution_after']:+.3g}"),
+        "verify": lambda: document["targets"],
+        "report": lambda: (document["report"],),
+        "compare": lambda: ("one", "two"),
         "doctor": lambda: (document["checks"][0]["found"], f"{document['health']['fvu']:.3f}"),
         "train-sae": lambda: (document["d_sae"], f"{document['fvu']:.3f}"),
     }[command]():
         assert str(value) in shown
+
+
+def test_every_command_is_looked_at() -> None:
+    assert {*PLAN, "demo"} == {*cli.COMMANDS}  # the demo, which is long, in test_demo.py
 
 
 def test_json_knows_no_nan_and_keeps_numbers() -> None:

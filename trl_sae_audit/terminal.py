@@ -49,9 +49,9 @@ class OutputArguments:
                 stdout.print(part, crop=False)
 
 
-def console() -> Console:
-    """For people: no colours where nobody looks, and square brackets are square brackets."""
-    return Console(highlight=False, markup=False, emoji=False)
+def console(*, quiet: bool = False) -> Console:
+    """For people: no colours where nobody looks, and square brackets are square brackets. `quiet` says nothing."""
+    return Console(highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 def table(

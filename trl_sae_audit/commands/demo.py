@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from ..errors import AuditError
-from ..terminal import console
+from ..terminal import OutputArguments, console
 from .arguments import parse
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ class DemoArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    (arguments,) = parse("demo", DESCRIPTION, (DemoArguments,), argv)
+    arguments, output = parse("demo", DESCRIPTION, (DemoArguments, OutputArguments), argv)
     directory = _fresh(Path(arguments.output_dir))
     from ..demo.loop import Loop
     from ..demo.narrator import Narrator
 
-    narrator = Narrator(console())
+    narrator = Narrator(console(quiet=output.json))
     loop = Loop(
         directory,
         narrator,
@@ -71,7 +71,16 @@ def main(argv: Sequence[str]) -> int:
     _train(loop, narrator)
     if arguments.rl_steps:
         _reward(loop, narrator)
-    _report(loop, narrator)
+    page = _report(loop, narrator)
+    output.show(
+        {
+            "output_dir": directory,
+            "report": page,
+            "flags": [flag.feature for flag in loop.flags],
+            "kept": loop.filtered.summary["kept"],
+            "outcomes": {"before": loop.before, **loop.outcomes},
+        }
+    )
     return 0
 
 
@@ -190,7 +199,7 @@ def _cell(outcome: Outcome) -> Text:
     return Text.assemble(f"{outcome.estimate:.0%}", (f" ({outcome.low:.0%} to {outcome.high:.0%})", "dim"))
 
 
-def _report(loop: Loop, narrator: Narrator) -> None:
+def _report(loop: Loop, narrator: Narrator) -> Path:
     narrator.step(
         "Report",
         "What each run was asked for, feature by feature and step by step, beside what its model then did. The page is one "
@@ -222,6 +231,7 @@ def _report(loop: Loop, narrator: Narrator) -> None:
     narrator.say("Next: the README’s five lines do the same with your model and your data.")
     narrator.console.print()
     narrator.copy(f"Report: {page}")
+    return page
 
 
 def _fresh(directory: Path) -> Path:
