@@ -184,8 +184,7 @@ def test_it_fits_and_follows_the_theme(open_page, viewport: dict[str, int], sche
     assert box["x"] + box["width"] <= viewport["width"]
 
 
-@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
 def test_axe_finds_nothing(browser, page_path: Path, viewport: dict[str, int], scheme: str) -> None:
     """Deque's axe, with everything unfolded, and with a card open."""
     context = browser.new_context(viewport=viewport, color_scheme=scheme, bypass_csp=True)

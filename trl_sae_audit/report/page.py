@@ -133,7 +133,11 @@ def _render(
     measures = compare_outcomes(sources)
     rows = compare_features(sources)
     panels = [_panel(main, view) for view in main.views]
-    hints = {row.feature: row.hint for row in [*panels[0].head.gained, *panels[0].head.lost]}
+    hints = {
+        feature: sections.hint(evidence)
+        for (dictionary, feature), evidence in main.evidence.items()
+        if dictionary == main.views[0].name
+    }
     script, style = _part("report.js"), _part("report.css")
     data = {
         "kind": main.kind,

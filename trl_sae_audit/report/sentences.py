@@ -108,8 +108,8 @@ def _beyond_chance(source: Source, view: View) -> str:
 
 
 def _outcomes(measures: Sequence[Measure], sources: Sequence[Source]) -> list[str]:
-    """What changed in the models' behaviour: of two measures, those first that are wanted to move."""
-    chosen = sorted(measures, key=lambda measure: not measure.wanted)[:2]
+    """What changed in the models' behaviour: of at most three measures, those first that are wanted to move."""
+    chosen = sorted(measures, key=lambda measure: not measure.wanted)[:3]
     return [sentence for measure in chosen if (sentence := _outcome(measure, sources))]
 
 
