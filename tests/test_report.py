@@ -28,8 +28,8 @@ from trl_sae_audit.report.charts import Line, draw, thinned, ticks
 from trl_sae_audit.report.comparison import difference_of_estimates
 from trl_sae_audit.report.curriculum import curriculum_map, png_bytes
 from trl_sae_audit.report.packing import as_json, packed_features
-from trl_sae_audit.report.sections import head_table
 from trl_sae_audit.report.sources import open_source
+from trl_sae_audit.report.tables import head_table
 from trl_sae_audit.report.text import percent, plain, probability, shown, signed
 from trl_sae_audit.totals import FeatureTotals
 

@@ -111,6 +111,15 @@ def curriculum_map(
     )
 
 
+def map_note(found: Map, size: int) -> str:
+    """What the map shows, for whoever cannot see it."""
+    first, last = int(found.bins[0][0]), int(found.bins[-1][1])
+    return (
+        f"{len(found.features)} of {size:,} features over steps {first} to {last}, in "
+        f"{len(found.groups)} groups; the table below says what each group did."
+    )
+
+
 def _chosen(means: np.ndarray, keep: Iterable[int], most: int) -> np.ndarray:
     size = np.abs(np.nan_to_num(means)).sum(axis=0)
     most = min(most, len(size))

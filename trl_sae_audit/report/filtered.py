@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..errors import AuditError
 from ..filter_plan import rule_of
-from .sections import Scale
+from .axes import Scale
 from .text import counted, plain, shown, signed
 
 _MOST_ROWS = 30

@@ -18,13 +18,15 @@ from markupsafe import Markup
 from .. import __version__
 from ..errors import AuditError
 from ..record_files import write_durably
-from . import sections, sentences
+from . import curves, sentences
 from .charts import Drawing
 from .comparison import compare_features, compare_outcomes
-from .curriculum import Map, curriculum_map
+from .curriculum import Map, curriculum_map, map_note
+from .dots import feature_plot, outcome_plot
 from .filtered import read_filtered
 from .packing import MOST_FEATURES, as_json, base64_floats, card, packed_features
 from .sources import Source, View, open_source, with_audit
+from .tables import HeadTable, head_table, hint
 from .text import plain, shown
 from .verified import read_verified
 
@@ -116,7 +118,7 @@ class _Panel:
     """One dictionary of the first source."""
 
     view: View
-    head: sections.HeadTable
+    head: HeadTable
     map: Map | None
     map_note: str
     watched: list[Drawing]
@@ -134,7 +136,7 @@ def _render(
     rows = compare_features(sources)
     panels = [_panel(main, view) for view in main.views]
     hints = {
-        feature: sections.hint(evidence)
+        feature: hint(evidence)
         for (dictionary, feature), evidence in main.evidence.items()
         if dictionary == main.views[0].name
     }
@@ -153,14 +155,12 @@ def _render(
         "line": sentences.what_was_run(main),
         "in_short": sentences.in_short(sources, measures, rows, hints),
         "warnings": sentences.warnings(main),
-        "outcomes": sections.outcome_plot(measures, sources) if measures else None,
-        "compared": sections.feature_plot(rows, sources, hints),
-        "compared_charts": sections.compared_charts(rows, sources),
+        "outcomes": outcome_plot(measures, sources) if measures else None,
+        "compared": feature_plot(rows, sources, hints),
+        "compared_charts": curves.compared_charts(rows, sources),
         "panels": panels,
-        "shaping": [
-            (source.name, charts) for source in sources if (charts := sections.shaping_charts(source))
-        ],
-        "trainer": sections.trainer_charts(main),
+        "shaping": [(source.name, charts) for source in sources if (charts := curves.shaping_charts(source))],
+        "trainer": curves.trainer_charts(main),
         **beside,
         "facts": [(source.name, sentences.provenance(source)) for source in sources],
         "most_features": MOST_FEATURES,
@@ -201,16 +201,16 @@ def _panel(source: Source, view: View) -> _Panel:
     found = None
     if view.means is not None and view.bins is not None:
         found = curriculum_map(view.means, view.bins, view.watched.values())
-    watched = sections.watched_charts(source, view)
+    watched = curves.watched_charts(source, view)
     return _Panel(
         view,
-        sections.head_table(source, view),
+        head_table(source, view),
         found,
-        sections.map_note(found, view) if found else "",
-        watched or sections.largest_charts(view),
+        map_note(found, len(view.features)) if found else "",
+        watched or curves.largest_charts(view),
         bool(watched),
-        sections.drift_chart(view),
-        sections.gradient_charts(view),
+        curves.drift_chart(view),
+        curves.gradient_charts(view),
         min(len(view.features), MOST_FEATURES),
     )
 
