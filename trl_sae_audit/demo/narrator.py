@@ -79,6 +79,8 @@ class Progress(TrainerCallback):
         self.label = label
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if state.global_step % args.logging_steps:  # PPO logs every update
+            return
         shown = [f"reward {logs[name]:.2f}" for name in REWARDS if name in logs]
         asked = f"sae/{self.label}/attribution"
         if asked in logs:
