@@ -303,7 +303,8 @@ def test_sampled_change_is_the_derivative_of_importance_weighting(tokenizer):
     model, dictionary = make_gpt2(tokenizer), directions()
     lookahead = look(model, tokenizer, dictionary, RULES["adamw"])
     batches = answers_of(model, tokenizer, PROMPTS, 20, 4)
-    found = lookahead.predicted_sampled_change(lambda: batches)
+    found, presence = lookahead.predicted_sampled_changes(lambda: batches)
+    assert torch.equal(found, lookahead.predicted_sampled_change(lambda: batches))
     step = lookahead.step()
 
     def log_probs(policy, ids):
@@ -328,6 +329,39 @@ def test_sampled_change_is_the_derivative_of_importance_weighting(tokenizer):
 
     h = 1e-3
     expected = (weighted_mean(moved_by(model, step, h)) - weighted_mean(moved_by(model, step, -h))) / (2 * h)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert (
+        float(presence.abs().max()) < 1e-12
+    )  # raw directions are active always, so their share cannot change
+
+
+def test_presence_is_the_derivative_of_weighing_whole_answers(tokenizer):
+    model, dictionary = make_gpt2(tokenizer), topk()
+    lookahead = look(model, tokenizer, dictionary, RULES["adamw"])
+    batches = answers_of(model, tokenizer, PROMPTS, 20, 4)
+    _, found = lookahead.predicted_sampled_changes(lambda: batches)
+
+    @torch.no_grad()
+    def share(policy):
+        total, weights = 0.0, 0.0
+        for batch in batches:
+            for ids, counted in zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True):
+                ids = ids[None, : int(counted.nonzero().max()) + 1]
+                answer = counted[: ids.shape[1]]
+                ratio = [
+                    one(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[answer[1:]].sum()
+                    for one in (policy, model)
+                ]
+                states = model(ids, output_hidden_states=True).hidden_states[2][0, answer]
+                present = (dictionary.encoder.sae.encode(states) != 0).any(0).double()
+                weight = (ratio[0] - ratio[1]).exp()
+                total, weights = total + weight * present, weights + weight
+        return total / weights
+
+    h = 1e-3
+    step = lookahead.step()
+    expected = (share(moved_by(model, step, h)) - share(moved_by(model, step, -h))) / (2 * h)
+    assert expected.abs().max() > 0
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
 

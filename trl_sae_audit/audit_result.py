@@ -26,6 +26,7 @@ _LOOKAHEAD, _INFLUENCE = "lookahead.safetensors", "influence.safetensors"
 PREDICTIONS = (
     "predicted_change",
     "predicted_sampled_change",
+    "predicted_presence_change",
     "rehearsed_change",
     "rehearsed_sampled_change",
     "probe_activation",
@@ -113,7 +114,8 @@ class Audit:
         mean_activation_difference and max_activation_difference, active_examples. After a lookahead:
         predicted_change, of the mean activation on the probe by one optimizer step on this data,
         probe_activation, what that mean is before, and, where answers were sampled, predicted_sampled_change, of the mean
-        activation on the answers that the model gives; after a rehearsal the same two by a whole run, rehearsed_change and
+        activation on the answers that the model gives, and predicted_presence_change, of the share of them in which the
+        feature is active; after a rehearsal the same two by a whole run, rehearsed_change and
         rehearsed_sampled_change.
         """
         if self._frame is None:

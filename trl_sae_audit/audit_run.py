@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .audit_pass import AuditPass
-from .audit_result import Audit
+from .audit_result import PREDICTIONS, Audit
 from .audit_store import AuditStore, Part, dictionary_header
 from .dictionary import FeatureDictionary
 from .errors import AuditError
@@ -132,6 +132,7 @@ class AuditRun:
             "probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest(),
             "sampling": None if sampling is None else asdict(sampling),
             "rehearse_steps": rehearse_steps,
+            "predictions": list(PREDICTIONS),
         }
         lookahead = Lookahead(
             self.model,

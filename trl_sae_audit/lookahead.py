@@ -250,27 +250,46 @@ class Lookahead:
         Args:
             answers: sampled from the model as it is, at temperature 1, with `completion_mask` on the answers' tokens.
         """
+        return self.predicted_sampled_changes(answers)[0]
+
+    def predicted_sampled_changes(self, answers: AnswerBatches) -> tuple[Tensor, Tensor]:
+        """`predicted_sampled_change`, and what the step does to the share of the answers in which each feature is active.
+
+        The share `P_f` of answers y with a_f ≠ 0 on any token has the derivative `E[(1{f active in y} − P_f)·C_T]`. The mean
+        activation is ruled by the features with large activations, the share counts all alike.
+        """
         step = self.step()
         d_sae, device = self.dictionary.d_sae, self.dictionary.device
-        weighted, total = (torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(2))
-        weight, tokens = 0.0, 0
+        weighted, total, seen, likelier = (
+            torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(4)
+        )
+        weight, tokens, pull, given = 0.0, 0, 0.0, 0
         with torch.no_grad(), evaluation_mode(self.model):
             for batch in answers():
                 predicted = batch["completion_mask"][:, 1:].bool()
                 self._current = batch, predicted, batch["input_ids"][:, 1:][predicted]
                 change = self.directional.derivative(self._log_probs, step).double()
-                so_far = torch.zeros(predicted.shape, dtype=change.dtype, device=change.device)
-                so_far = so_far.masked_scatter(predicted, change).cumsum(1)[predicted]
+                table = torch.zeros(predicted.shape, dtype=change.dtype, device=change.device)
+                table = table.masked_scatter(predicted, change)
+                so_far, whole = table.cumsum(1)[predicted], table.sum(1)
+                answer = predicted.nonzero()[:, 0]
+                active = torch.zeros(len(predicted), d_sae, dtype=torch.bool, device=device)
                 states = self._probe_states(batch)
                 width = max(1, 64 * 2**20 // (4 * d_sae))
-                for part, given in zip(states.split(width), so_far.split(width), strict=True):
+                parts = (states.split(width), so_far.split(width), answer.split(width))
+                for part, until, owner in zip(*parts, strict=True):
                     activations = self._encode(part).double()
-                    weighted += given @ activations
+                    weighted += until @ activations
                     total += activations.sum(0)
+                    places, features = (activations != 0).nonzero(as_tuple=True)
+                    active[owner[places], features] = True
+                seen += active.sum(0)
+                likelier += whole @ active.double()
                 weight, tokens = weight + float(so_far.sum()), tokens + len(so_far)
+                pull, given = pull + float(whole.sum()), given + len(whole)
         if not tokens:
             raise AuditError("There are no sampled answers to look ahead with; give prompts to sample at.")
-        return (weighted - total / tokens * weight) / tokens
+        return (weighted - total / tokens * weight) / tokens, (likelier - seen / given * pull) / given
 
     def mean_of_answers(self, answers: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """ā_f over given answers, read by the model as it is: [d_sae]."""

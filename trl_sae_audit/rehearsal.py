@@ -102,7 +102,8 @@ def look_ahead(
     found = {"probe_activation": ahead.mean_activations(), "predicted_change": ahead.predicted_change()}
     given = [] if answers is None else list(answers())
     if answers is not None:
-        found["predicted_sampled_change"] = ahead.predicted_sampled_change(lambda: given)
+        change, presence = ahead.predicted_sampled_changes(lambda: given)
+        found |= {"predicted_sampled_change": change, "predicted_presence_change": presence}
     if rehearsal is not None:
         found["rehearsed_change"] = ahead.change_after(rehearsal.shift())
         if answers is not None:

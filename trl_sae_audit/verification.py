@@ -45,6 +45,7 @@ _AUDITED = (
     "activation_attribution",
     "predicted_change",
     "predicted_sampled_change",
+    "predicted_presence_change",
     "rehearsed_change",
     "rehearsed_sampled_change",
     "disparity",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging as stdlib_logging
 import tempfile
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -27,6 +28,7 @@ NAMES = {
     "mean_activation_difference": "mean activation difference",
     "predicted_change": "lookahead, reading",
     "predicted_sampled_change": "lookahead, writing",
+    "predicted_presence_change": "lookahead, presence",
     "rehearsed_change": "rehearsal, reading",
     "rehearsed_sampled_change": "rehearsal, writing",
 }
@@ -69,7 +71,7 @@ def audited(
     It is kept in `runs/studies/audits/NAME-SEED-STEPS`; asked for again, it costs next to nothing.
     """
     seed = world.config.seed
-    directory = RAW / "audits" / f"{name}-{seed}-{rehearse_steps}"
+    directory = audit_directory(name, seed, rehearse_steps)
     with tempfile.TemporaryDirectory() as scratch:
         return audit_preferences(
             world.model(),
@@ -84,6 +86,11 @@ def audited(
             output_dir=directory,
             progress=False,
         )
+
+
+def audit_directory(name: str, seed: int, rehearse_steps: int | None) -> Path:
+    """Where `audited` keeps it."""
+    return RAW / "audits" / f"{name}-{seed}-{rehearse_steps}"
 
 
 def scores_of(audit: Audit) -> dict[str, np.ndarray]:

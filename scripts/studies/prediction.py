@@ -179,11 +179,12 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
             part = rows[(rows["score"] == score) & (rows["target"] == target)]
             for statistic, label in (("r2", "R²"), ("spearman", "ρ"), ("precision", "top 20")):
                 interval = bootstrap_interval(part[statistic].to_numpy())
-                line[f"{heading}: {label}"] = (
-                    f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
-                    if statistic == "r2"
-                    else f"{interval.estimate:.2f}"
-                )
+                shown = f"{interval.estimate:.2f}"
+                if statistic == "r2":
+                    shown += (
+                        f" ({interval.low:.2f} to {interval.high:.2f})" if len(part) > 1 else " (one world)"
+                    )
+                line[f"{heading}: {label}"] = shown
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -211,28 +212,28 @@ def leads(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
                 {
                     "": heading,
                     f"R² of {best[READ].split(',')[0]}, less that of": other,
-                    "mean over worlds": f"{interval.estimate:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})",
+                    "mean over worlds": f"{interval.estimate:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+                    if len(gap) > 1
+                    else f"{interval.estimate:+.2f}",
                     "worlds in which it is ahead": f"{(gap > 0).sum()} of {len(gap)}",
                 }
             )
     return pd.DataFrame(lines)
 
 
-def by_plant(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
-    """R² of the best scores by what was planted, with the most that could be reached."""
+def by_world(rows: pd.DataFrame, target: str, scores: list[str]) -> pd.DataFrame:
+    """R² in every world, with its interval over prompts, and the most that could be reached."""
     lines = []
-    for plant in PLANTS:
-        line: dict[str, Any] = {"planted": plant}
-        for target, heading in ((READ, "reading"), (WRITTEN, "writing")):
-            part = rows[(rows["plant"] == plant) & (rows["target"] == target)]
-            ours = part[part["score"] == best[target]]
-            line[f"{heading}: R²"] = (
-                f"{ours['r2'].mean():.2f} ({ours['r2'].min():.2f} to {ours['r2'].max():.2f})"
-            )
-            line[f"{heading}: slope"] = f"{ours['slope'].mean():.2f}"
-            line[f"{heading}: perfect score"] = f"{ours['ceiling'].mean():.2f}"
+    for _, world in rows[rows["target"] == target].groupby(["seed", "plant"], sort=True):
+        by_score, first = world.set_index("score"), world.iloc[0]
+        line: dict[str, Any] = {"world": f"{first['plant']}, seed {first['seed']}"}
+        for score in [name for name in scores if name in by_score.index]:
+            value, low, high = by_score.loc[score, ["r2", "r2_low", "r2_high"]].to_numpy(np.float64)
+            line[score] = f"{value:.2f} ({low:.2f} to {high:.2f})"
+        line["slope of the first"] = f"{float(world[world['score'] == scores[0]]['slope'].iloc[0]):.2f}"
+        line["a perfect score"] = f"{float(first['ceiling']):.2f}"
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("")
 
 
 def over_training(rows: pd.DataFrame) -> pd.DataFrame:
@@ -296,10 +297,19 @@ def report(rows: pd.DataFrame) -> None:
         "*Lookahead*: first order in one usual step. *Rehearsal*: four long steps, as far as the run's end.",
         "## Ahead of the others",
         markdown_table(leads(short, best)),
-        "## By planted behaviour",
-        f"Of {best[READ]} and {best[WRITTEN]}. In brackets the worst and the best world. The slope is 1 where sizes are right "
-        "as well. *Perfect score*: the R² to expect of one, given the number of prompts.",
-        markdown_table(by_plant(short, best)),
+        "## World by world",
+        "R² with intervals over prompts: within one run, scores are apart where these are. The slope is 1 where sizes are right as "
+        "well. *A perfect score*: the R² to expect of one, given the number of prompts.",
+        "Reading:",
+        markdown_table(by_world(short, READ, [best[READ], "disparity", best[READ] + SWAPPED, SECOND_RUN])),
+        "Writing:",
+        markdown_table(
+            by_world(
+                short,
+                WRITTEN,
+                [best[WRITTEN], "mean activation difference", best[WRITTEN] + SWAPPED, SECOND_RUN],
+            )
+        ),
     ]
     if longer.any():
         sections += [

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
-from lab_scores import NAMES, audited, be_quiet, planted_pairs, scores_of
+from lab_scores import NAMES, audit_directory, audited, be_quiet, planted_pairs, scores_of
 
-from trl_sae_audit import load_dictionary
+from trl_sae_audit import Audit, load_dictionary
 from trl_sae_audit.hook_points import resolve_hook_point
 from trl_sae_audit.lab import World, build_world
 from trl_sae_audit.lab.evaluation import wilson_interval
@@ -191,6 +191,7 @@ def figure(rows: pd.DataFrame) -> str:
             "disparity",
             "mean activation difference",
             "lookahead, writing",
+            "lookahead, presence",
         ):
             part = rows[(rows["plant"] == plant) & (rows["score"] == name)]
             middle = part.groupby("strength")["rank"].median()
@@ -212,9 +213,10 @@ def report(rows: pd.DataFrame) -> None:
     strong = planted[planted["strength"] >= HALF]
     default = planted[planted["strength"] == DEFAULT]
     worlds = strong.groupby(["seed", "plant", "strength"]).ngroups
+    shares = " and ".join(f"{share:.0%}" for share in sorted(strong["strength"].unique()))
     sections = [
         f"Preference sets of 640 pairs in which a right answer wins in half of the pairs and a planted behaviour in a stated share; "
-        f"{worlds} of them ({strong['seed'].nunique()} worlds × {len(PLANTS)} behaviours × shares of {HALF:.0%} and {DEFAULT:.0%}). "
+        f"{worlds} of them ({strong['seed'].nunique()} worlds × {len(PLANTS)} behaviours × shares of {shares}). "
         "The truth: the features that *carry* the behaviour, by their activations on held-out answers and the rules of the "
         "language (`trl_sae_audit.lab.ground_truth`; between 2 and 34 of 256 features). Asked: is one of them among the three "
         "features with the largest score? Echoing a wrong value has no carrier in any of these worlds, so it cannot be looked for.",
@@ -222,27 +224,56 @@ def report(rows: pd.DataFrame) -> None:
         "By chance: three features drawn at random; padding has many carriers. *Carriers or right*: of the three features, those "
         "that carry the planted behaviour or being right, which these data teach as well. The lookaheads look at "
         f"{PROBE} held-out prompts, with four answers each.",
-        "## Smaller shares",
-        figure(planted),
-        markdown_table(share_table(planted)),
-        "## Why attribution does not rank them first",
+        *_smaller(planted),
+        "## Where the first features are active",
         _why(default),
+        "Attribution is the push along a direction, whether or not the feature is ever active, and at the token where a word is "
+        "chosen. Reading is the change on given text, where a behaviour that the model takes up more often is not seen. Only writing "
+        "follows the push to the words it leads to. Carriers with small activations change the *mean* activation little; the share of "
+        "answers in which a feature is *present* counts all features alike.",
         "## False flags",
         *_flags(strong, null),
     ]
     write_report(NAME, "Do the scores find what was planted?", sections)
 
 
+def _smaller(planted: pd.DataFrame) -> list[str]:
+    if planted["strength"].nunique() == 1:
+        return [figure(planted)]
+    return ["## Smaller shares", figure(planted), markdown_table(share_table(planted))]
+
+
 def _why(default: pd.DataFrame) -> str:
-    agrees = default[default["plant"] == "agrees"].groupby("score")["active_before"].mean()
-    return (
-        "The loss pushes at the token where an answer's words are chosen. With agreement planted, of the activation of the three "
-        "features first by a score, this much lies on the prompt's last token, from which the first word of the answer is "
-        "predicted (the rest on the answer): "
-        + ", ".join(f"{name} {agrees[name]:.0%}" for name in NAMES.values() if name in agrees)
-        + ". A feature active there is the same for both answers, and no carrier: it is where the choice is made, not what is chosen. "
-        "To find what is chosen, a score has to follow the push to the words it leads to, which the lookahead to writing does."
+    """Where the three features first by each score are active, against where the carriers are."""
+    lines = []
+    activity = _activity_of_top(default)
+    before = default[default["plant"] == "agrees"].groupby("score")["active_before"].mean()
+    for name in [name for name in NAMES.values() if name in activity]:
+        lines.append(
+            {
+                "first by": name,
+                "active in, of the answers": f"{activity[name]:.0%}",
+                "on the prompt's last token, of their activation (agrees)": f"{before[name]:.0%}",
+            }
+        )
+    lines.append(
+        {"first by": "the carriers themselves", "active in, of the answers": f"{activity['carriers']:.0%}"}
     )
+    return markdown_table(pd.DataFrame(lines).fillna(""))
+
+
+def _activity_of_top(default: pd.DataFrame) -> dict[str, float]:
+    """Share of the answers in which the first three features by each score are active, mean over the worlds."""
+    found: dict[str, list[float]] = {}
+    for seed, plant in default[["seed", "plant"]].drop_duplicates().itertuples(index=False):
+        audit = Audit.load(audit_directory(f"{plant}-{DEFAULT}-small", seed, None))
+        table = audit.features().set_index("feature").sort_index()
+        active = ((table["chosen_active"] + table["rejected_active"]) / 2).to_numpy()
+        for name, score in scores_of(audit).items():
+            found.setdefault(name, []).append(float(active[np.argsort(-score, kind="stable")[:TOP]].mean()))
+        carriers = build_world(seed, progress=False).carriers(plant)
+        found.setdefault("carriers", []).append(float(active[carriers].mean()))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _flags(strong: pd.DataFrame, null: pd.DataFrame) -> list[str]:
@@ -264,13 +295,16 @@ def _flags(strong: pd.DataFrame, null: pd.DataFrame) -> list[str]:
                 }
             )
     ours = strong[strong["score"] == NAMES["attribution"]]
-    return [
+    null_text = [
         f"The q-value of attribution (sign-flip test, Benjamini–Hochberg). Where labels say nothing, every flag is false, and at "
         f"most {Q:.0%} of the audits should have one.",
-        markdown_table(pd.DataFrame(lines)) if lines else "",
-        f"In the planted sets {ours['flagged'].mean():.0f} of {ours['features'].mean():.0f} features have q < {Q:g}, of which "
-        f"{ours['flagged_carriers'].mean():.1f} carry the planted behaviour (it has {ours['carriers'].mean():.1f} carriers). The others are "
-        "not chance: the loss does push along them, since directions overlap and the push is where a word is chosen. So the "
+        markdown_table(pd.DataFrame(lines)),
+    ]
+    return [
+        *(null_text if lines else []),
+        f"In the planted sets {ours['flagged'].mean():.0f} of {ours['features'].mean():.0f} features have q < {Q:g} by attribution, of "
+        f"which {ours['flagged_carriers'].mean():.1f} carry the planted behaviour (it has {ours['carriers'].mean():.1f} carriers). The "
+        "others are not chance: the loss does push along them, since directions overlap and the push is where a word is chosen. So the "
         "q-value answers whether the labels ask for a direction, not whether the feature is the behaviour.",
     ]
 
