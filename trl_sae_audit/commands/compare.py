@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from ..errors import AuditError
 from ..outcomes import Outcome
+from ..report.axes import Scale
 from ..report.comparison import Difference, FeatureRow, Measure, compare_features, compare_outcomes
 from ..report.page import open_sources, write_report
+from ..report.sentences import named
 from ..report.sources import Source
 from ..report.text import plain, signed
 from ..terminal import OutputArguments, table, to_copy
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             "There is one run only; name at least two, or look at one with trl-sae-audit report."
         )
     sources = open_sources(arguments.runs, arguments.names)
-    measures, rows = compare_outcomes(sources), compare_features(sources, arguments.top)
+    measures, rows = compare_outcomes(sources), compare_features(sources, arguments.top)[: arguments.top]
     page = None
     if arguments.output:
         title = "Compared: " + ", ".join(source.name for source in sources)
@@ -66,7 +69,7 @@ def _parts(
         parts.append("No behaviour was measured: none of them has outcomes (trl_sae_audit.outcomes).")
     if rows:
         parts.append(_feature_table(sources, rows))
-        parts.append("In brackets 95 % intervals; a * marks a difference whose interval excludes 0.")
+        parts.append("In brackets 95% intervals; a * marks a difference whose interval excludes 0.")
     else:
         parts.append("No two of them have the same dictionary, so features cannot be compared.")
     if page is not None:
@@ -98,18 +101,20 @@ def _outcome_table(sources: Sequence[Source], measures: Sequence[Measure]) -> Ta
 
 
 def _feature_table(sources: Sequence[Source], rows: Sequence[FeatureRow]) -> Table:
+    scale = Scale.of(np.array([value[0] for row in rows for value in row.values if value is not None]))
     cells = []
     for row in rows:
         first = True
         for source, value, gap in zip(sources, row.values, row.differences, strict=True):
             if value is None:
                 continue
-            name = f"{row.feature} {row.label}".strip() if first else ""
-            cells.append([name, source.name, signed(value[0]), f"± {plain(value[1], 2)}", _gap(gap, 1, 2)])
+            name = (named(row.feature, row.label) if row.label else str(row.feature)) if first else ""
+            interval = f"± {plain(scale(value[1]), 2)}"
+            cells.append([name, source.name, signed(scale(value[0])), interval, _gap(gap, scale.factor, 2)])
             first = False
     columns = {"feature": "left", "run": "left", "attribution": "right", "": "left", "from the first": "left"}
     what = "of the mean loss" if sources[0].kind == "audit" else "per step"
-    return table(f"What the losses asked for, attribution {what}", columns, cells)  # type: ignore[arg-type]
+    return table(f"What the losses asked for, attribution {what}{scale.unit}", columns, cells)  # type: ignore[arg-type]
 
 
 def _gap(gap: Difference | None, scale: float, digits: int) -> str:
