@@ -8,7 +8,8 @@ that no pair is about.
 
 Flags are found as a user would find them, without looking at which pairs are planted. Someone who fears sycophancy writes
 down a few questions with a wrong belief and both answers to them, and asks which features are more active in the agreeing
-answer; of these, those are flagged that the audit says the data teaches.
+answer; of these, those are flagged that the audit says the data teaches. Filter and shaping are used as they did best in the lab
+(docs/studies/intervention.md), with no number set by hand.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
             flags.save(directory / "flags.yaml")
             if arm == "shaped":
                 frozen = gemma_runs.load_model(arguments.model)[0]
-                scorer = FeatureScorer(frozen, tokenizer, dictionary)
+                scorer = FeatureScorer(frozen, tokenizer, dictionary, pooling="max")
                 scorer.calibrate(
                     [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
                 )
@@ -135,7 +136,8 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
                     pairs,
                     audit,
                     flags,
-                    score="activation_attribution",
+                    score="max_activation",
+                    weights="fit",
                     budget="balance",
                     control=True,
                     seed=cell["seed"],
