@@ -18,7 +18,7 @@ demo: .venv/.installed
 
 # the documentation as a site, in site/
 docs: .venv/.installed-dev
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 test: lint test-newest test-ppo
 
