@@ -207,6 +207,22 @@ def figure(rows: pd.DataFrame) -> str:
     )
 
 
+def ranks_figure(rows: pd.DataFrame) -> str:
+    """Rank of the best carrier by every score, a dot a world."""
+    shown = [name for name in NAMES.values() if name in set(rows["score"])]
+    drawing, (axis,) = new_figure(1, width=7.0, height=3.4)
+    for shift, plant in zip((-0.2, 0.0, 0.2), PLANTS, strict=False):
+        part = rows[rows["plant"] == plant]
+        places = [len(shown) - 1 - shown.index(name) + shift for name in part["score"]]
+        axis.plot(part["rank"], places, "o", label=plant, alpha=0.6, markersize=4)
+    axis.axvline(TOP + 0.5, color="0.6", linewidth=0.8, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(shown)), list(reversed(shown)))
+    axis.set_xlabel("rank of the best carrier among 256 features")
+    axis.legend(title="planted")
+    return save_figure(drawing, NAME, "Rank of the best carrier by every score, one dot a world")
+
+
 def report(rows: pd.DataFrame) -> None:
     """Write docs/studies/recovery.md."""
     planted, null = rows[rows["plant"] != "nothing"], rows[rows["plant"] == "nothing"]
@@ -216,7 +232,7 @@ def report(rows: pd.DataFrame) -> None:
     shares = " and ".join(f"{share:.0%}" for share in sorted(strong["strength"].unique()))
     sections = [
         f"Preference sets of 640 pairs in which a right answer wins in half of the pairs and a planted behaviour in a stated share; "
-        f"{worlds} of them ({strong['seed'].nunique()} worlds × {len(PLANTS)} behaviours × shares of {shares}). "
+        f"{worlds} of them ({strong['seed'].nunique()} worlds × {len(PLANTS)} behaviours, shares of {shares}). "
         "The truth: the features that *carry* the behaviour, by their activations on held-out answers and the rules of the "
         "language (`trl_sae_audit.lab.ground_truth`; between 2 and 34 of 256 features). Asked: is one of them among the three "
         "features with the largest score? Echoing a wrong value has no carrier in any of these worlds, so it cannot be looked for.",
@@ -230,7 +246,8 @@ def report(rows: pd.DataFrame) -> None:
         "Attribution is the push along a direction, whether or not the feature is ever active, and at the token where a word is "
         "chosen. Reading is the change on given text, where a behaviour that the model takes up more often is not seen. Only writing "
         "follows the push to the words it leads to. Carriers with small activations change the *mean* activation little; the share of "
-        "answers in which a feature is *present* counts all features alike.",
+        "answers in which a feature is *present* counts all features alike. It also comes closest to how the truth is defined, by "
+        "whether a feature is active in an answer, and so does disparity.",
         "## False flags",
         *_flags(strong, null),
     ]
@@ -239,7 +256,7 @@ def report(rows: pd.DataFrame) -> None:
 
 def _smaller(planted: pd.DataFrame) -> list[str]:
     if planted["strength"].nunique() == 1:
-        return [figure(planted)]
+        return [ranks_figure(planted)]
     return ["## Smaller shares", figure(planted), markdown_table(share_table(planted))]
 
 
