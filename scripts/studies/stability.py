@@ -153,6 +153,8 @@ def report(task: str, frame: pd.DataFrame) -> None:
             f"{plain['true'].std():.3f}); `hidden` is how much more answers agree than the features' mean score says, on the line "
             "through reference and plain run.",
             markdown_table(summary(frame)),
+            "A line of fewer seeds than the others, or a method that is missing, has not been run in full: the command goes on "
+            "with it.",
             figures(task, frame),
         ],
     )
