@@ -28,6 +28,10 @@ DESCRIPTION = (
     "--model_name_or_path ./model --after ./trained --sae ./sae --dataset held_out.jsonl"
 )
 
+OTHER_LUCK = 1_000_000
+"""Added to the seed of sampling. An audit's lookahead to what the model writes begins from samples of that model too: were they
+the very samples measured here, their noise would stand in the prediction and in what it is compared with."""
+
 
 @dataclass
 class VerifyArguments:
@@ -78,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     if arguments.samples:
         sampling = Sampling(
-            arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed
+            arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed + OTHER_LUCK
         )
         changes.append(
             sampled_change(before, after, tokenizer, dictionary, rows, sampling=sampling, **common)
