@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import logging as stdlib_logging
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from common import RAW
+from common import RAW, Cell, run_cells
 from datasets import Dataset, disable_progress_bars
 from transformers.utils import logging
 
@@ -41,6 +45,29 @@ def be_quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     stdlib_logging.getLogger("trl_sae_audit").setLevel(stdlib_logging.ERROR)
+
+
+def study(
+    description: str,
+    name: str,
+    cells: Callable[[int], list[Cell]],
+    run: Callable[[Cell], Iterable[dict[str, Any]]],
+    report: Callable[[pd.DataFrame], None],
+) -> None:
+    """The command of a study of the lab: run the cells of so many seeds, or the first of them, and report.
+
+    Args:
+        description: the script's docstring; its first paragraph is the help.
+        name: of the study.
+        cells: number of seeds → cells, those to run first in front.
+        run, report: what to do with a cell, and with all rows.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="worlds of that many seeds (default: 5)")
+    parser.add_argument("--first", type=int, help="only the first so many cells (default: all)")
+    options = parser.parse_args()
+    be_quiet()
+    report(run_cells(name, cells(options.seeds)[: options.first], run))
 
 
 def planted_pairs(world: World, plant: str, strength: float) -> Dataset:

@@ -8,7 +8,6 @@ activation in the run, as the trained model reads held-out answers and as it wri
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
@@ -17,14 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
+from common import Cell, markdown_table, new_figure, save_figure, write_report
 from lab_scores import (
     NAMES,
     along_random_directions,
     audited,
-    be_quiet,
     planted_pairs,
     scores_of,
+    study,
     swapped,
 )
 from transformers import TrainerCallback
@@ -322,12 +321,7 @@ def report(rows: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="worlds of that many seeds (default: 5)")
-    parser.add_argument("--first", type=int, help="only the first so many cells (default: all)")
-    options = parser.parse_args()
-    be_quiet()
-    report(run_cells(NAME, cells(options.seeds)[: options.first], run))
+    study(__doc__, NAME, cells, run, report)
 
 
 if __name__ == "__main__":

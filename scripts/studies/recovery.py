@@ -7,7 +7,6 @@ In the lab, where the features that carry a behaviour are known from activations
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from functools import lru_cache
 from math import comb
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
-from lab_scores import NAMES, audit_directory, audited, be_quiet, planted_pairs, scores_of
+from common import Cell, markdown_table, new_figure, save_figure, write_report
+from lab_scores import NAMES, audit_directory, audited, planted_pairs, scores_of, study
 
 from trl_sae_audit import Audit, load_dictionary
 from trl_sae_audit.hook_points import resolve_hook_point
@@ -327,12 +326,7 @@ def _flags(strong: pd.DataFrame, null: pd.DataFrame) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="worlds of that many seeds (default: 5)")
-    parser.add_argument("--first", type=int, help="only the first so many cells (default: all)")
-    options = parser.parse_args()
-    be_quiet()
-    report(run_cells(NAME, cells(options.seeds)[: options.first], run))
+    study(__doc__, NAME, cells, run, report)
 
 
 if __name__ == "__main__":
