@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -95,8 +96,9 @@ def test_scores_equal_float64_autograd(name: str, tmp_path: Path) -> None:
             error = relative_error(recorded(steps, step, column), values)
             assert error <= case.tolerance, (step, column, error)
         one = examples[(examples["step"] == step) & (examples["feature"] == 1)]["attribution"].to_numpy()
-        contributions = -torch.cat(expected.examples) @ dictionary.directions[1].double()
-        assert relative_error(one, contributions.numpy()) <= case.tolerance
+        contributions = (-torch.cat(expected.examples) @ dictionary.directions.double().T).numpy()
+        # Of the examples' scores in any feature: a single feature's may nearly cancel, and then is mostly rounding.
+        assert np.abs(one - contributions[:, 1]).max() <= case.tolerance * np.abs(contributions).max()
         parts = recorded(steps, step, "chosen") + recorded(steps, step, "rejected")
         assert relative_error(parts, recorded(steps, step, "attribution")) <= 1e-5
         assert recorded(steps, step, "attribution")[1] == pytest.approx(one.sum(), rel=1e-4)

@@ -10,6 +10,7 @@ three steps, as in the stability study, and slower ones, as is usual.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,10 @@ def simulate(cell: Cell) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     torch.set_num_threads(1)
     frame = run_cells(
         "controller",
