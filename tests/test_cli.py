@@ -53,12 +53,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class TestCommands:
-    """One after the other: a dictionary is trained, then examined."""
+@pytest.fixture(scope="module")
+def trained(world: Path) -> subprocess.CompletedProcess[str]:
+    """A dictionary in `world/sae`, and what training it printed."""
+    done = run("train-sae", "--config", "train_sae.yaml", "--seed", "5", cwd=world)
+    assert done.returncode == 0, done.stderr
+    return done
 
-    def test_train_sae(self, world: Path) -> None:
-        done = run("train-sae", "--config", "train_sae.yaml", "--seed", "5", cwd=world)
-        assert done.returncode == 0, done.stderr
+
+class TestCommands:
+    """A dictionary is trained and examined."""
+
+    def test_train_sae(self, world: Path, trained: subprocess.CompletedProcess[str]) -> None:
+        done = trained
         for part in ("Saved in sae", "64 at model.layers.1", "FVU", "L0", "dead", "held-out"):
             assert part in done.stdout
         assert not done.stderr  # no progress bars where nobody looks
@@ -66,6 +73,7 @@ class TestCommands:
         assert (metadata["seed"], metadata["dataset_path"]) == (5, "pairs.jsonl")
         assert metadata["model_name"] == "model"
 
+    @pytest.mark.usefixtures("trained")
     def test_doctor(self, world: Path) -> None:
         arguments = ("--model_name_or_path", "model", "--texts", "pairs.jsonl", "--sae", "sae", "--json")
         done = run("doctor", *arguments, cwd=world)
