@@ -19,6 +19,7 @@ be expected to reach given how many prompts there are: the part of r's variance 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .audit_result import Audit
 from .errors import AuditError
 from .realised import RealisedChange
 from .record import RunRecord
+from .record_files import write_durably
 from .statistics import Interval, centred_interval, resampling_counts
 
 RANDOM = "random"
@@ -243,8 +245,10 @@ def save_verifications(
         "targets": {each.kind: each.to_dict() for each in verifications},
     }
     tables = [each.features.assign(target=each.kind) for each in verifications]
-    pd.concat(tables, ignore_index=True).to_parquet(target / "verify.parquet", index=False)
-    (target / "verify.json").write_text(json.dumps(described, indent=1) + "\n")
+    content = io.BytesIO()
+    pd.concat(tables, ignore_index=True).to_parquet(content, index=False)
+    write_durably(target / "verify.parquet", content.getvalue())
+    write_durably(target / "verify.json", json.dumps(described, indent=1).encode() + b"\n")
     return target
 
 
