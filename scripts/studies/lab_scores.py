@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging as stdlib_logging
+import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from common import RAW, Cell, run_cells
 from datasets import Dataset, disable_progress_bars
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from trl_sae_audit import Audit, FeatureDictionary, audit_preferences
 from trl_sae_audit.lab import World
@@ -39,12 +40,18 @@ NAMES = {
 """The scores, by their column in an audit."""
 
 
-def be_quiet() -> None:
-    """No progress bars and warnings of the libraries, one of each a cell."""
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    stdlib_logging.getLogger("trl_sae_audit").setLevel(stdlib_logging.ERROR)
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """No warnings of ours and of transformers, which each cell would repeat."""
+    loggers = [logging.getLogger(name) for name in ("trl_sae_audit", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def study(
@@ -66,8 +73,11 @@ def study(
     parser.add_argument("--seeds", type=int, default=5, help="worlds of that many seeds (default: 5)")
     parser.add_argument("--first", type=int, help="only the first so many cells (default: all)")
     options = parser.parse_args()
-    be_quiet()
-    report(run_cells(name, cells(options.seeds)[: options.first], run))
+    disable_progress_bars()
+    disable_progress_bar()
+    with only_errors():
+        rows = run_cells(name, cells(options.seeds)[: options.first], run)
+    report(rows)
 
 
 def planted_pairs(world: World, plant: str, strength: float) -> Dataset:
