@@ -13,74 +13,27 @@ follow from those. Three quantities, to first order in the step Δθ:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .audit_pass import Reference, last_hidden_state
+from .batch_moments import MomentsOfBatches, accumulate
 from .dictionary import FeatureDictionary
-from .directional import Directional
+from .directional import Directional, Function
 from .errors import AuditError
 from .hook_points import HookPoint
 from .language_head import LanguageHead
 from .objectives import Loss, TokenizedExample
 from .residual_stream import evaluation_mode, stopped_at
-from .update_rule import AffineUpdate, BatchMoments, Tensors, UpdateRule
+from .update_rule import AffineUpdate, Tensors, UpdateRule
 
 Batches = Callable[[], Iterable[Sequence[TokenizedExample]]]
 """The examples, batch by batch, as often as asked."""
 
 AnswerBatches = Callable[[], Iterable[Mapping[str, Tensor]]]
 """Padded `input_ids`, `attention_mask`, `completion_mask` [rows, tokens] of answers, batch by batch, as often as asked."""
-
-
-class MomentsOfBatches:
-    """The second moment of the gradients of the run's batches, in the order of the data; a last, short one is left out
-    where there is a full one."""
-
-    def __init__(self, rule: UpdateRule) -> None:
-        self._rule = rule
-        self._size = rule.batch_size or 1
-        self._sum: dict[str, Tensor] = {}
-        self._filled = 0
-        self._squares: dict[str, Tensor] = {}
-        self._clips: list[float] = []
-
-    def cut(self, examples: Sequence[TokenizedExample]) -> Iterator[Sequence[TokenizedExample]]:
-        """The examples in pieces, none of which belongs to two batches."""
-        start = 0
-        while start < len(examples):
-            stop = min(len(examples), start + self._size - self._filled)
-            yield examples[start:stop]
-            start = stop
-
-    def add(self, summed: Mapping[str, Tensor], count: int) -> None:
-        """The summed gradient of a piece."""
-        _accumulate(self._sum, summed, list(summed.values()))
-        self._filled += count
-        if self._filled == self._size:
-            self._close()
-
-    def result(self, mean: Mapping[str, Tensor]) -> BatchMoments:
-        """Of all batches so far; `mean` gives names and shapes."""
-        if not self._clips:
-            self._close()
-        self._sum, self._filled = {}, 0
-        n = len(self._clips)
-        second = {
-            name: self._squares[name] / n if name in self._squares else torch.zeros_like(value)
-            for name, value in mean.items()
-        }
-        return BatchMoments(second, sum(self._clips) / n)
-
-    def _close(self) -> None:
-        gradient = {name: value / self._filled for name, value in self._sum.items()}
-        clip = self._rule.clip(gradient)
-        squares = {name: (clip * value).square() for name, value in gradient.items()}
-        _accumulate(self._squares, squares, list(squares.values()))
-        self._clips.append(clip)
-        self._sum, self._filled = {}, 0
 
 
 class Lookahead:
@@ -133,6 +86,7 @@ class Lookahead:
         self._update: AffineUpdate | None = None
         self._gradient: Tensors = {}
         self._n = 0
+        self._tokens = 0
 
     # The step
 
@@ -193,9 +147,9 @@ class Lookahead:
             value = (self._head.log_probs(leaf[part], targets[part]) * weights[part]).sum()
             found = torch.autograd.grad(value, [leaf, *self.parameters.values()], allow_unused=True)
             arriving += found[0]
-            _accumulate(sums, self.parameters, found[1:])
+            accumulate(sums, dict(zip(self.parameters, found[1:], strict=True)))
         found = torch.autograd.grad(hidden, list(self.parameters.values()), arriving, allow_unused=True)
-        _accumulate(sums, self.parameters, found)
+        accumulate(sums, dict(zip(self.parameters, found, strict=True)))
         return sums
 
     @torch.no_grad()
@@ -210,14 +164,14 @@ class Lookahead:
         targets = batch["input_ids"][:, 1:][predicted]
         log_probs = reference = torch.zeros(predicted.shape, device=predicted.device)
         if self._reference is not None or start is not None:
-            self._current = batch, predicted, targets
-            values = self._log_probs(self.parameters)
+            log_probs_at = self._log_probs(batch, predicted, targets)
+            values = log_probs_at(self.parameters)
             empty = torch.zeros(predicted.shape, dtype=values.dtype, device=values.device)
             log_probs = empty.masked_scatter(predicted, values)
             if self._reference is not None:
                 reference = self._reference.log_probs(batch)
             elif start is not None:
-                reference = empty.masked_scatter(predicted, self._log_probs(start))
+                reference = empty.masked_scatter(predicted, log_probs_at(start))
         weights = self.loss.weights(batch, log_probs, reference)
         return predicted, targets, weights[predicted].to(_dtype(self.model))
 
@@ -267,8 +221,8 @@ class Lookahead:
         with torch.no_grad(), evaluation_mode(self.model):
             for batch in answers():
                 predicted = batch["completion_mask"][:, 1:].bool()
-                self._current = batch, predicted, batch["input_ids"][:, 1:][predicted]
-                change = self.directional.derivative(self._log_probs, step).double()
+                log_probs = self._log_probs(batch, predicted, batch["input_ids"][:, 1:][predicted])
+                change = self.directional.derivative(log_probs, step).double()
                 table = torch.zeros(predicted.shape, dtype=change.dtype, device=change.device)
                 table = table.masked_scatter(predicted, change)
                 so_far, whole = table.cumsum(1)[predicted], table.sum(1)
@@ -323,8 +277,8 @@ class Lookahead:
             for examples in self.examples():
                 batch = self._batch(examples)
                 predicted, targets, weights = self._weights(batch)
-                self._current = batch, predicted, targets
-                change = self.directional.derivative(self._log_probs, direction) * weights
+                log_probs = self._log_probs(batch, predicted, targets)
+                change = self.directional.derivative(log_probs, direction) * weights
                 rows = torch.zeros(predicted.shape, dtype=change.dtype, device=change.device)
                 rows[predicted] = change
                 parts.append(rows.sum(1).reshape(self.loss.rows_per_example, len(examples)).sum(0).cpu())
@@ -340,7 +294,7 @@ class Lookahead:
                 states = self._probe_states(self._batch(examples))
                 mean = self._encode(states)[:, feature].sum() / tokens
                 found = torch.autograd.grad(mean, values, allow_unused=True)
-                _accumulate(sums, dict(zip(names, values, strict=True)), found)
+                accumulate(sums, dict(zip(names, found, strict=True)))
         return sums
 
     def _mean_activations(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -354,8 +308,8 @@ class Lookahead:
         parts = [self.directional.at(parameters, total, examples) for examples in self.probe()]
         return torch.stack(parts).sum(0) / tokens
 
-    def _log_probs(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        batch, predicted, targets = self._current
+    def _log_probs(self, batch: Mapping[str, Tensor], predicted: Tensor, targets: Tensor) -> Function:
+        """The predicted tokens' log-probabilities [m], of the parameters."""
 
         def scored() -> Tensor:
             hidden = last_hidden_state(self.point.decoder, batch)[:, :-1][predicted]
@@ -364,7 +318,7 @@ class Lookahead:
             ]
             return torch.cat(parts)
 
-        return self.directional.at(parameters, scored)
+        return lambda parameters: self.directional.at(parameters, scored)
 
     def _probe_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states of the answers' tokens [m, d_model]; nothing above the hook point is run."""
@@ -372,7 +326,7 @@ class Lookahead:
         return hidden[batch["completion_mask"].bool()]
 
     def _probe_tokens(self) -> int:
-        if not hasattr(self, "_tokens"):
+        if not self._tokens:
             self._tokens = sum(
                 int(self._batch(examples)["completion_mask"].sum()) for examples in self.probe()
             )
@@ -409,14 +363,6 @@ def differentiable_encoder(dictionary: FeatureDictionary) -> Callable[[Tensor], 
         return sae.encode(hidden.to(sae.W_dec.dtype))
 
     return encode
-
-
-def _accumulate(
-    sums: dict[str, Tensor], parameters: Mapping[str, Tensor], found: Sequence[Tensor | None]
-) -> None:
-    for name, value in zip(parameters, found, strict=True):
-        if value is not None:
-            sums[name] = sums[name] + value if name in sums else value
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

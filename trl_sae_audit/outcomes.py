@@ -149,11 +149,11 @@ def _outcome(entry: Outcome | Mapping[str, Any]) -> Outcome:
     missing = {"measure", "estimate"} - set(entry)
     if missing:
         raise AuditError(f"An outcome has no {sorted(missing)[0]}; add it.")
-    values = {key: _plain(value) for key, value in entry.items()}
+    values = {key: _as_python(value) for key, value in entry.items()}
     return Outcome(**values)
 
 
-def _plain(value: Any) -> Any:
+def _as_python(value: Any) -> Any:
     """Numpy's and torch's scalars as Python's."""
     return value.item() if not isinstance(value, (int, float, str)) and hasattr(value, "item") else value
 
