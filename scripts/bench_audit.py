@@ -276,7 +276,7 @@ def scale(options: argparse.Namespace) -> None:
                 store.write_part(number, _simulated(rows, d_model, d_sae, active, rng))
             store.finish(parts, 1)
             wrote = time.perf_counter()
-            feature_statistics(store.parts, dictionary.directions, pairs, Settings())
+            feature_statistics(store.parts, dictionary, pairs, Settings())
             done = time.perf_counter()
             disk = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -315,7 +315,8 @@ def power(options: argparse.Namespace) -> None:
             contributions = rng.standard_normal((n, 1, 2000)).astype(np.float32)
             contributions[:, :, :200] -= effect
             parts = [_plain_part(contributions)]
-            table = feature_statistics(parts.copy, torch.eye(2000), n, Settings(n_flips=1999, n_halves=1))
+            dictionary = FeatureDictionary(torch.eye(2000), "model.layers.0", "each dimension")
+            table = feature_statistics(parts.copy, dictionary, n, Settings(n_flips=1999, n_halves=1))
             found = table["q_value"] <= 0.05
             curve[str(n)][str(effect)] = float(found[:200].mean())
             curve[str(n)][f"false at {effect}"] = float(found[200:].mean())

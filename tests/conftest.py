@@ -50,6 +50,7 @@ ONCE = {
     "test_health.py",
     "test_hook_points.py",
     "test_lab.py",
+    "test_large_dictionaries.py",
     "test_lookahead.py",
     "test_outcomes.py",
     "test_penalties.py",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from trl_sae_audit import FeatureDictionary
 from trl_sae_audit.audit_pass import ExampleArrays
 from trl_sae_audit.audit_statistics import Settings, feature_statistics
 from trl_sae_audit.audit_store import Part
@@ -46,7 +47,8 @@ def unit(rng, d_sae, d_model):
 
 def table_of(gradient, directions, settings=None, **options):
     parts = parts_of(gradient, **options)
-    return feature_statistics(lambda: parts, directions, len(gradient), settings)
+    dictionary = FeatureDictionary(directions, "model.layers.0", "test")
+    return feature_statistics(lambda: parts, dictionary, len(gradient), settings)
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ class TestRawDirections:
 
     def test_chunks_cover_every_feature_once(self) -> None:
         dictionary = FeatureDictionary(torch.ones(1000, 2), hook_point="x.0", name="wide")
-        pieces = list(dictionary.chunks(rows=500_000))
+        pieces = [block.features for block in dictionary.blocks(rows=500_000)]
         assert [i for piece in pieces for i in range(1000)[piece]] == list(range(1000))
         assert max(piece.stop - piece.start for piece in pieces) * 4 * 500_000 <= 256 * 2**20
 

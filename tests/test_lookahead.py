@@ -54,11 +54,9 @@ def with_lora(model):
     return get_peft_model(model, adapters).double().eval()
 
 
-def directions(seed=2, dtype=torch.float64):
+def directions(seed=2):
     raw = torch.randn(40, D_MODEL, generator=torch.Generator().manual_seed(seed))
-    dictionary = FeatureDictionary(raw, HOOK, "raw")
-    dictionary.directions = dictionary.directions.to(dtype)
-    return dictionary
+    return FeatureDictionary(raw, HOOK, "raw")
 
 
 def topk():
@@ -170,7 +168,11 @@ def test_predicted_change_is_the_derivative_along_the_real_optimizers_step(token
     with torch.enable_grad():
         step = torch_step(model, tokenizer, RULES[rule], reference)
     h = 1e-4
-    encode = dictionary.encoder.sae.encode if sae is topk else lambda hidden: hidden @ dictionary.directions.T
+    encode = (
+        dictionary.encoder.sae.encode
+        if sae is topk
+        else lambda hidden: hidden @ dictionary.directions.to(hidden).T
+    )
     ahead, behind = (mean_activation(moved_by(model, step, sign * h), tokenizer, encode) for sign in (1, -1))
     expected = (ahead - behind) / (2 * h)
     assert expected.abs().max() > 0

@@ -191,22 +191,26 @@ def active_features(
         positions: tokens whose logits enter the loss [T], mostly the answer's shifted by one
     """
     either = answer | positions
-    states, arriving = hidden[either].to(dictionary.directions), gradient[either]
-    own, scored = answer[either], positions[either]
-    activations = dictionary.encode(states)
-    feature = (activations != 0).any(0).nonzero()[:, 0]
-    kept = activations[:, feature]
-    of_answer = kept[own] if bool(own.any()) else kept.new_zeros(1, len(feature))
-    extreme = of_answer.gather(0, of_answer.abs().argmax(0, keepdim=True))[0]
-    written = dictionary.written_norms(states[scored])[:, feature]
-    projected = arriving[scored].to(dictionary.directions) @ dictionary.directions[feature].T
-    effect = -(kept[scored] * projected * written).sum(0)
-    return (
-        feature.to(torch.int32).cpu().numpy(),
-        of_answer.mean(0).cpu().numpy(),
-        extreme.cpu().numpy(),
-        effect.cpu().numpy(),
-    )
+    tokens = (hidden[either].float(), gradient[either].float(), answer[either], positions[either])
+    seen = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=dictionary.device)
+    total, extreme, effect = torch.zeros(3, dictionary.d_sae, device=dictionary.device)
+    parts = (values.split(dictionary.tokens_at_once) for values in tokens)
+    for states, arriving, own, scored in zip(*parts, strict=True):
+        activations = dictionary.encode(states)
+        feature = (activations != 0).any(0).nonzero()[:, 0]
+        kept = activations[:, feature]
+        of_answer = torch.where(own[:, None], kept, 0.0)
+        largest = of_answer.gather(0, of_answer.abs().argmax(0, keepdim=True))[0]
+        seen[feature] = True
+        total[feature] += of_answer.sum(0)
+        extreme[feature] = torch.where(largest.abs() > extreme[feature].abs(), largest, extreme[feature])
+        written = dictionary.written_norms(states[scored], feature)
+        projected = arriving[scored] @ dictionary.rows(feature).T
+        effect[feature] -= (kept[scored] * projected * written).sum(0)
+    found = seen.nonzero()[:, 0]
+    mean = total[found] / answer.sum().clamp(min=1)
+    numbers = (found.to(torch.int32), mean, extreme[found], effect[found])
+    return tuple(values.cpu().numpy() for values in numbers)  # type: ignore[return-value]
 
 
 class Reference:

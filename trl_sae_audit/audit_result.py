@@ -284,14 +284,14 @@ class Audit:
                     f"Feature {feature} is not in dictionary {self.dictionary.name!r}, which has features 0 to "
                     f"{self.dictionary.d_sae - 1}."
                 )
-        return self.dictionary.directions[list(features)].numpy()
+        return self.dictionary.rows(features).numpy()
 
     def _cached_features(self) -> pd.DataFrame:
         path = self.directory / _FEATURES
         if path.is_file():
             return pd.read_parquet(path)
         settings = Settings(seed=self.manifest["settings"]["seed"])
-        frame = feature_statistics(self._store.parts, self.dictionary.directions, len(self), settings)
+        frame = feature_statistics(self._store.parts, self.dictionary, len(self), settings)
         frame = frame.rename(columns=self._side_names())
         frame.insert(0, "dictionary", self.dictionary.name)
         order = np.argsort(-frame["attribution"].abs().to_numpy(), kind="stable")

@@ -17,13 +17,14 @@ import torch
 from scipy import stats
 
 from .audit_store import Part
+from .dictionary import FeatureDictionary
 from .statistics import benjamini_hochberg, standard_error_of_sum, two_sided_normal_p
 
 RADEMACHER = 1 / (4 * stats.norm.sf(math.sqrt(2)))
 """3.178…, the smallest k with `P(|Σ s_i c_i| ≥ x) ≤ k · P(|N(0, Σc²)| ≥ x)` for random signs s, whatever c and x
 (Bentkus & Dzindzalieta 2015, Bernoulli 21:1231). It gives p-values below the `1 / (1 + flips)` that drawing reaches."""
 
-_COLUMNS = 2048
+_AT_ONCE = 16384  # rows beside which the dictionary is read 2,048 features at a time
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,18 @@ class FeatureStatistics:
     """Running sums over the parts of an audit.
 
     Args:
-        directions: unit rows [d_sae, d_model], float32.
+        dictionary: on the CPU.
         n_examples: in the whole audit.
         settings: see `Settings`.
     """
 
-    def __init__(self, directions: torch.Tensor, n_examples: int, settings: Settings | None = None) -> None:
+    def __init__(
+        self, dictionary: FeatureDictionary, n_examples: int, settings: Settings | None = None
+    ) -> None:
         self.settings = settings or Settings()
-        self.directions = directions
+        self.dictionary = dictionary
         self.n = n_examples
-        d_sae, d_model = directions.shape
+        d_sae, d_model = dictionary.d_sae, dictionary.d_model
         self._signs = _FlipSigns(n_examples, self.settings)
         self._sums = {name: np.zeros(d_model) for name in ("all", "positive", "negative", "times_length")}
         self._flipped = torch.zeros(len(self._signs), d_model, dtype=torch.float64)
@@ -84,10 +87,10 @@ class FeatureStatistics:
         rows = torch.from_numpy(example.astype(np.float32))
         self._flipped += (self._signs.of(which) @ rows).double()
         self._halved += (torch.from_numpy(self._halves[:, which].astype(np.float32)) @ rows).double()
-        for columns in self._chunks():
-            contribution = (rows @ self.directions[columns].T).double().numpy()
-            self._squares[columns] += (contribution**2).sum(0)
-            self._sizes[columns] += np.abs(contribution).sum(0)
+        for block in self.dictionary.blocks(_AT_ONCE):
+            contribution = block.project(rows).double().numpy()
+            self._squares[block.features] += (contribution**2).sum(0)
+            self._sizes[block.features] += np.abs(contribution).sum(0)
         self._activity.add(part)
 
     def frame(self) -> pd.DataFrame:
@@ -107,26 +110,24 @@ class FeatureStatistics:
             "q_value": benjamini_hochberg(p_value),
             "cosine": cosine,
             "share": cosine**2,
-            "lift": cosine**2 * self.directions.shape[1],
+            "lift": cosine**2 * self.dictionary.d_model,
             "effective_examples": _ratio(self._sizes**2, self._squares),
             "split_half_agreement": self._split_half_agreement(total),
         }
         return pd.DataFrame(table | self._length_columns(total) | self._activity.columns(n))
 
     def _project(self, gradient: np.ndarray) -> np.ndarray:
-        return -(self.directions.double() @ torch.from_numpy(gradient)).numpy()
-
-    def _chunks(self) -> Iterable[slice]:
-        d_sae = len(self.directions)
-        return (slice(start, min(start + _COLUMNS, d_sae)) for start in range(0, d_sae, _COLUMNS))
+        vector = torch.from_numpy(-gradient)
+        return torch.cat([block.project(vector) for block in self.dictionary.blocks(_AT_ONCE)]).numpy()
 
     def _reached(self, drawn: torch.Tensor, threshold: np.ndarray) -> np.ndarray:
         """How many of the drawn sums are at least `threshold` in size, by feature."""
         counts = np.zeros(len(threshold))
         drawn = drawn.float()
-        for columns in self._chunks():
-            size = (drawn @ self.directions[columns].T).abs()
-            counts[columns] = (size >= torch.from_numpy(threshold[columns]).float()).sum(0).numpy()
+        for block in self.dictionary.blocks(_AT_ONCE):
+            size = block.project(drawn).abs_()
+            least = torch.from_numpy(threshold[block.features]).float()
+            counts[block.features] = (size >= least).sum(0).numpy()
         return counts
 
     def _sign_flip_p(self, total: np.ndarray) -> np.ndarray:
@@ -167,12 +168,12 @@ class FeatureStatistics:
 
 def feature_statistics(
     parts: Callable[[], Iterable[Part]],
-    directions: torch.Tensor,
+    dictionary: FeatureDictionary,
     n_examples: int,
     settings: Settings | None = None,
 ) -> pd.DataFrame:
     """The table of an audit's features."""
-    statistics = FeatureStatistics(directions, n_examples, settings)
+    statistics = FeatureStatistics(dictionary, n_examples, settings)
     for part in parts():
         statistics.add(part)
     return statistics.frame()
@@ -238,20 +239,24 @@ class _Activity:
         owner = np.repeat(np.arange(arrays.side.size), np.diff(arrays.indptr))
         self._any |= len(owner) > 0
         side = arrays.side.reshape(-1)
-        answer_active = np.zeros((arrays.side.size, self._d_sae), bool)
-        answer_active[owner, arrays.feature] = arrays.extreme != 0
+        active = arrays.extreme != 0
         for index, sign in enumerate((1, -1)):
             of_side = side[owner] == sign
             feature = arrays.feature[of_side]
             self._sides[index] += (side == sign).sum()
-            self._active[index] += answer_active[side == sign].sum(0)
+            self._active[index] += self._count(arrays.feature[of_side & active])
             self._mean[index] += np.bincount(feature, arrays.mean[of_side], self._d_sae)
             self._extreme[index] += np.bincount(feature, arrays.extreme[of_side], self._d_sae)
         self._effect += np.bincount(arrays.feature, arrays.effect, self._d_sae)
-        grouped = answer_active.reshape(-1, per_example, self._d_sae)
-        self._examples += grouped.any(1).sum(0)
+        example = owner[active] // per_example
+        pairs, answers = np.unique(example * self._d_sae + arrays.feature[active], return_counts=True)
+        self._examples += self._count(pairs % self._d_sae)
         if per_example == 2:
-            self._discordant += (grouped[:, 0] != grouped[:, 1]).sum(0)
+            self._discordant += self._count(pairs[answers == 1] % self._d_sae)
+
+    def _count(self, features: np.ndarray) -> np.ndarray:
+        """How often each feature occurs, [d_sae]."""
+        return np.bincount(features, minlength=self._d_sae)
 
     def columns(self, n: int) -> dict[str, np.ndarray]:
         if not self._any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
+from safetensors.torch import save_file
 
 from .audit_pass import ExampleArrays
 from .dictionary import FeatureDictionary
 from .errors import AuditError
-from .record_files import sync_directory, write_durably
+from .record_files import sync_directory, temporary, write_durably
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
-_DIRECTIONS = "directions.safetensors"
+_DECODER = "decoder.safetensors"
 _PARTS = "parts"
 _ARRAYS = tuple(field.name for field in fields(ExampleArrays))
 
@@ -68,11 +71,7 @@ class AuditStore:
         if directory.exists() and any(path.name != _PARTS for path in _visible(directory)):
             raise AuditError(f"{directory} is not empty and holds no audit; choose a new or empty directory.")
         (directory / _PARTS).mkdir(parents=True, exist_ok=True)
-        weights = {
-            "directions": dictionary.directions.cpu().numpy(),
-            "norms": dictionary.norms.cpu().numpy(),
-        }
-        _write(directory / _DIRECTIONS, safetensors_bytes(weights))
+        _write_decoder(directory / _DECODER, dictionary.decoder)
         store = cls(directory, {"schema": SCHEMA, "status": "running", **header})
         store._write_manifest()
         return store
@@ -148,17 +147,15 @@ class AuditStore:
         return np.concatenate(parts) if parts else np.zeros((0, 32), np.uint8)
 
     def dictionary(self) -> FeatureDictionary:
-        """Directions and hook point; no encoder, and each direction of the norm it had."""
+        """Directions and hook point; no encoder. The rows are mapped into memory, not read."""
         info = self.manifest["dictionary"]
-        weights = _load(self.directory / _DIRECTIONS, ("directions", "norms"))[0]
         found = FeatureDictionary(
-            torch.from_numpy(weights["directions"]),
+            _read_decoder(self.directory / _DECODER),
             info["hook_point"],
             info["name"],
             model_name=info["model_name"],
             neuronpedia_id=info["neuronpedia_id"],
         )
-        found.norms = torch.from_numpy(weights["norms"])
         found.identity = info["identity"]
         return found
 
@@ -253,19 +250,46 @@ def _load(path: Path, names: Sequence[str] | None) -> tuple[dict[str, np.ndarray
             found = list(file.keys()) if names is None else names
             return {name: file.get_tensor(name) for name in found}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise AuditError(
-            f"{path} of the audit cannot be read ({error}); restore it from a copy, or delete it and audit again with "
-            "the same output_dir."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> AuditError:
+    return AuditError(
+        f"{path} of the audit cannot be read ({error}); restore it from a copy, or delete it and audit again with "
+        "the same output_dir."
+    )
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with _whole_or_absent(path):
         write_durably(path, content)
+
+
+def _write_decoder(path: Path, decoder: torch.Tensor) -> None:
+    """The rows as they are kept, however many gigabytes, without a copy in memory."""
+    with _whole_or_absent(path):
+        save_file({"decoder": decoder.cpu().contiguous()}, temporary(path))
+        with temporary(path).open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary(path).replace(path)
+
+
+def _read_decoder(path: Path) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("decoder")
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+@contextmanager
+def _whole_or_absent(path: Path) -> Iterator[None]:
+    try:
+        yield
         sync_directory(path.parent)
-    except OSError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        temporary(path).unlink(missing_ok=True)
         raise AuditError(
-            f"{path} could not be written ({error.strerror}); make room or choose another directory, and run the audit "
+            f"{path} could not be written ({error}); make room or choose another directory, and run the audit "
             "again: it goes on from where it stopped."
         ) from error

@@ -62,7 +62,7 @@ class TokenObserver:
         if loss_positions is None:
             return
         g, h = gradient[loss_positions], hidden[loss_positions]
-        self.scores.add(g.to(self.dictionary.directions), h.to(self.dictionary.directions), self.dictionary)
+        self.scores.add(g.float(), h.float(), self.dictionary)
 
     def take(self) -> formulas.TokenScores:
         """Hand over the micro-batch's scores and begin anew."""
@@ -145,7 +145,7 @@ class Channel:
         share = formulas.share(cosine)
         top = scores.attribution.nan_to_num().abs().topk(self._top_k, dim=1).indices
         norm = torch.linalg.vector_norm(scores.gradient, dim=1)
-        covered = formulas.coverage(scores.gradient, self.dictionary.directions[top])
+        covered = formulas.coverage(scores.gradient, self.dictionary.rows(top))
         arrays = {
             "attribution": scores.attribution,
             "positive": scores.positive,
@@ -265,7 +265,7 @@ class Channel:
         }
 
     def _example_rows(self, step: int, examples: Tensor, sides: Tensor | None) -> Columns:
-        vectors = self.dictionary.directions[self.watched]
+        vectors = self.dictionary.rows(self.watched)
         values = -(examples.to(vectors) @ vectors.T).cpu().numpy()
         n, w = values.shape
         labels, features = list(self.watch), list(self.watch.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from .errors import AuditError
 
-_CHUNK_BYTES = 256 * 2**20
+_BLOCK_BYTES = 128 * 2**20
+_TOKEN_BYTES = 64 * 2**20
+_KEPT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Encoder(Protocol):
@@ -46,11 +49,34 @@ class DictionaryInfo:
     neuronpedia_id: str | None
 
 
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive features, where they are computed with.
+
+    Attributes:
+        features: which.
+        decoder: their rows as the SAE has them, [w, d_model] float32.
+        norms: of the rows [w]; 1 where a row is zero.
+    """
+
+    features: slice
+    decoder: Tensor
+    norms: Tensor
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """⟨v, d_f⟩ with the unit directions: [..., d_model] → [..., w], computed in the type of the vectors."""
+        return (vectors @ self.decoder.T.to(vectors.dtype)).div_(self.norms)
+
+
 class FeatureDictionary:
     """Unit decoder directions at a hook point, and, where there is one, the encoder that belongs to them.
 
+    Only the rows given are kept, no normalised copy of them, so that a memory-mapped file stays one; what is computed
+    with them is computed in float32, a block of 128 MiB at a time.
+
     Args:
-        directions: [d_sae, d_model], one row a feature, of any norm. Kept in float32.
+        directions: [d_sae, d_model], one row a feature, of any norm. Not copied where it is kept as it is: do not
+            change it afterwards.
         hook_point: the module whose output the directions live in: a module path such as
             `model.layers.9`, or TransformerLens' `blocks.9.hook_resid_post`.
         name: how logs, records and flags call the dictionary.
@@ -58,6 +84,10 @@ class FeatureDictionary:
             hidden state onto the unit direction.
         model_name: the model the dictionary was made for, if known.
         neuronpedia_id: `model/sae` on Neuronpedia, if known.
+        dtype: keep the rows as float32, bfloat16 or float16; by default as they are given (float64 as float32).
+            In bfloat16 an entry is off by at most 1/256 of itself, a score `⟨v, d_f⟩` by at most `Σ_j |v_j·d_fj| / 127`.
+        offload: leave the rows where they are when the dictionary moves to a GPU, and send it the block that is
+            computed with.
 
     Raises:
         AuditError: if `directions` is not a matrix, or has a value that is not finite.
@@ -72,6 +102,8 @@ class FeatureDictionary:
         encoder: Encoder | None = None,
         model_name: str | None = None,
         neuronpedia_id: str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
     ) -> None:
         if directions.ndim != 2 or 0 in directions.shape:
             raise AuditError(
@@ -82,34 +114,33 @@ class FeatureDictionary:
             raise AuditError(
                 f"Dictionary {name!r} does not say where it hooks; pass hook_point='model.layers.N'."
             )
-        decoder = directions.detach().to(torch.float32)
-        norms = torch.linalg.vector_norm(decoder, dim=1)
-        if not bool(torch.isfinite(norms).all()):
-            bad = int((~torch.isfinite(norms)).nonzero()[0])
-            raise AuditError(
-                f"Direction {bad} of dictionary {name!r} is not finite; the file is damaged or was saved in a "
-                "format that overflowed: load it again or take another dictionary."
-            )
         self.name = name
         self.hook_point = hook_point
         self.model_name = model_name
         self.neuronpedia_id = neuronpedia_id
         self.encoder = encoder
-        self.norms = norms
-        self.directions = decoder / torch.where(norms > 0, norms, 1.0)[:, None]
-        self.identity = _content_hash(decoder)
+        self.offload = offload
+        self.decoder, self.norms, self.identity = _examined(
+            directions.detach(), _kept(directions, dtype), name
+        )
 
     @property
     def d_sae(self) -> int:
-        return self.directions.shape[0]
+        return self.decoder.shape[0]
 
     @property
     def d_model(self) -> int:
-        return self.directions.shape[1]
+        return self.decoder.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return self.directions.device
+        """Where results are; the rows themselves may be elsewhere."""
+        return self.norms.device
+
+    @property
+    def directions(self) -> Tensor:
+        """All unit directions [d_sae, d_model] in float32: a new matrix, as large as that; `rows` gives some of them."""
+        return torch.cat([block.decoder / block.norms[:, None] for block in self.blocks()])
 
     @property
     def info(self) -> DictionaryInfo:
@@ -124,28 +155,47 @@ class FeatureDictionary:
         )
 
     def to(self, device: torch.device | str) -> FeatureDictionary:
-        """The same dictionary on `device`; itself if it is there already."""
+        """The same dictionary with its results on `device`; itself if they are there already."""
         device = torch.device(device)
         if device == self.device:
             return self
-        moved = object.__new__(FeatureDictionary)
-        moved.__dict__ = {
-            **self.__dict__,
-            "directions": self.directions.to(device),
-            "norms": self.norms.to(device),
-            "encoder": None if self.encoder is None else self.encoder.to(device),
-        }
+        moved = copy.copy(self)
+        moved.norms = self.norms.to(device)
+        if not self.offload:
+            moved.decoder = self.decoder.to(device)
+        moved.encoder = None if self.encoder is None else self.encoder.to(device)
         return moved
+
+    def blocks(self, rows: int = 0) -> Iterator[Block]:
+        """All features, in their order, a block at a time: one that takes at most 128 MiB, as does its float32 [rows, w]."""
+        width = max(1, _BLOCK_BYTES // (4 * max(self.d_model, rows)))
+        for start in range(0, self.d_sae, width):
+            features = slice(start, min(start + width, self.d_sae))
+            decoder = self.decoder[features].to(self.device, torch.float32)
+            yield Block(features, decoder, _divisors(self.norms[features]))
+
+    @property
+    def tokens_at_once(self) -> int:
+        """How many tokens' activations [n, d_sae] take 64 MiB."""
+        return max(1, _TOKEN_BYTES // (4 * self.d_sae))
+
+    def rows(self, features: Sequence[int] | Tensor) -> Tensor:
+        """Unit directions of some features: [..., d_model] float32."""
+        index = torch.as_tensor(features, dtype=torch.long)
+        found = self.decoder[index.to(self.decoder.device)].to(self.device, torch.float32)
+        return found / _divisors(self.norms[index.to(self.device)])[..., None]
 
     def project(self, vectors: Tensor) -> Tensor:
         """⟨v, d_f⟩ of every row with every unit direction: [n, d_model] → [n, d_sae], float32."""
-        return vectors.to(self.directions) @ self.directions.T
+        vectors = vectors.to(self.device, torch.float32)
+        parts = [block.project(vectors) for block in self.blocks(len(vectors))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def encode(self, hidden: Tensor) -> Tensor:
         """Feature activations [..., d_sae] of hidden states [..., d_model]."""
         hidden = hidden.to(self.device, torch.float32)
         if self.encoder is None:
-            return hidden @ self.directions.T
+            return self.project(hidden)
         return self.encoder.encode(hidden)
 
     def reconstruct(self, hidden: Tensor, activations: Tensor) -> Tensor:
@@ -160,24 +210,20 @@ class FeatureDictionary:
             )
         return self.encoder.decode(activations, hidden.to(self.device, torch.float32))
 
-    def written_norms(self, hidden: Tensor) -> Tensor:
+    def written_norms(self, hidden: Tensor, features: Tensor | None = None) -> Tensor:
         """‖∂h/∂a_f‖: how far one unit of each activation moves the hidden state.
 
         Args:
             hidden: [n, d_model]; matters only where the encoder normalises at run time.
+            features: [k]; all of them by default.
 
         Returns:
-            [1 or n, d_sae]
+            [1 or n, k or d_sae]
         """
+        norms = self.norms if features is None else self.norms[features]
         if self.encoder is None:
-            return torch.ones_like(self.norms)[None]
-        return self.encoder.output_scale(hidden.to(self.device, torch.float32)) * self.norms
-
-    def chunks(self, rows: int) -> Iterator[slice]:
-        """Slices of the features such that a float32 [rows, slice] stays below 256 MiB."""
-        width = max(1, _CHUNK_BYTES // (4 * max(1, rows)))
-        for start in range(0, self.d_sae, width):
-            yield slice(start, min(start + width, self.d_sae))
+            return torch.ones_like(norms)[None]
+        return self.encoder.output_scale(hidden.to(self.device, torch.float32)) * norms
 
     def __repr__(self) -> str:
         kind = "raw directions" if self.encoder is None else type(self.encoder).__name__
@@ -187,9 +233,39 @@ class FeatureDictionary:
         )
 
 
-def _content_hash(decoder: Tensor) -> str:
-    """SHA-256 of shape and float32 bytes: the same decoder has the same identity wherever it came from."""
-    digest = hashlib.sha256(repr(tuple(decoder.shape)).encode())
-    for rows in decoder.cpu().contiguous().split(65536):
-        digest.update(rows.numpy().tobytes())
-    return digest.hexdigest()
+def _kept(directions: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return directions.dtype if directions.dtype in _KEPT else torch.float32
+    if dtype not in _KEPT:
+        raise AuditError(f"A dictionary cannot be kept as {dtype}; choose float32, bfloat16 or float16.")
+    return dtype
+
+
+def _examined(directions: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor, str]:
+    """The rows as `dtype`, their norms [d_sae] float32, and the identity, in one reading.
+
+    The identity is the SHA-256 of shape and float32 bytes of what was given: the same decoder has the same identity
+    wherever it came from and however it is kept.
+    """
+    digest = hashlib.sha256(repr(tuple(directions.shape)).encode())
+    kept = directions if directions.dtype == dtype else torch.empty_like(directions, dtype=dtype)
+    norms = torch.empty(len(directions), device=directions.device)
+    width = max(1, _BLOCK_BYTES // (4 * directions.shape[1]))
+    for start in range(0, len(directions), width):
+        part = slice(start, start + width)
+        rows = directions[part].to(torch.float32)
+        digest.update(rows.cpu().contiguous().numpy().data)
+        if kept is not directions:
+            kept[part] = rows
+        norms[part] = torch.linalg.vector_norm(kept[part].to(torch.float32), dim=1)
+    if not bool(torch.isfinite(norms).all()):
+        bad = int((~torch.isfinite(norms)).nonzero()[0])
+        raise AuditError(
+            f"Direction {bad} of dictionary {name!r} is not finite; the file is damaged or was saved in a "
+            "format that overflowed: load it again or take another dictionary."
+        )
+    return kept, norms, digest.hexdigest()
+
+
+def _divisors(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms, 1.0)

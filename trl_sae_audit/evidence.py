@@ -66,9 +66,7 @@ def gather_evidence(
     numbers = audit.rows()
     chosen = [_extremes(contributions[:, column], examples) for column in range(len(features))]
     rows = _rows(dataset, {int(numbers[place]) for places in chosen for place in places})
-    up, down = vocabulary_of(
-        model, tokenizer, point.decoder, dictionary.directions[list(features)], vocabulary
-    )
+    up, down = vocabulary_of(model, tokenizer, point.decoder, dictionary.rows(features), vocabulary)
     table = audit.features().set_index("feature")
     found = []
     for column, feature in enumerate(features):
@@ -204,7 +202,7 @@ def _example(
     with frozen(running.model), evaluation_mode(running.model):
         gradient, hidden, positions, _ = running._differentiate(batch)
     shown = positions | batch["completion_mask"].bool()
-    direction = running.dictionary.directions[feature]
+    direction = running.dictionary.rows([feature])[0]
     tokens = {}
     for row, side in enumerate(running.loss.sides[: len(shown)]):
         where = shown[row]

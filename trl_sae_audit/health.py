@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .dictionary import FeatureDictionary
 
-_CHUNK_BYTES = 128 * 2**20
-
 
 @dataclass(frozen=True)
 class Health:
@@ -77,7 +75,7 @@ class HealthTotals:
         self._tokens += weight.sum(dtype=self._tokens.dtype)
         if self.dictionary.encoder is None:
             return
-        rows = max(1, _CHUNK_BYTES // (4 * self.dictionary.d_sae))
+        rows = self.dictionary.tokens_at_once
         for some, weights in zip(hidden.split(rows), weight.split(rows), strict=True):
             self._add(some.to(self.dictionary.device, torch.float32), weights)
 

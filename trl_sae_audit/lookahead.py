@@ -229,7 +229,7 @@ class Lookahead:
                 answer = predicted.nonzero()[:, 0]
                 active = torch.zeros(len(predicted), d_sae, dtype=torch.bool, device=device)
                 states = self._probe_states(batch)
-                width = max(1, 64 * 2**20 // (4 * d_sae))
+                width = self.dictionary.tokens_at_once
                 parts = (states.split(width), so_far.split(width), answer.split(width))
                 for part, until, owner in zip(*parts, strict=True):
                     activations = self._encode(part).double()
@@ -248,7 +248,7 @@ class Lookahead:
     def mean_of_answers(self, answers: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """ā_f over given answers, read by the model as it is: [d_sae]."""
         total, tokens = torch.zeros(self.dictionary.d_sae, dtype=torch.float64), 0
-        width = max(1, 64 * 2**20 // (4 * self.dictionary.d_sae))
+        width = self.dictionary.tokens_at_once
         with torch.no_grad(), evaluation_mode(self.model):
             for batch in answers:
                 states = self._probe_states(batch)
@@ -302,8 +302,8 @@ class Lookahead:
 
         def total(examples: Sequence[TokenizedExample]) -> Tensor:
             states = self._probe_states(self._batch(examples))
-            width = max(1, 64 * 2**20 // (4 * self.dictionary.d_sae))
-            return torch.stack([self._encode(part).sum(0) for part in states.split(width)]).sum(0)
+            parts = states.split(self.dictionary.tokens_at_once)
+            return torch.stack([self._encode(part).sum(0) for part in parts]).sum(0)
 
         parts = [self.directional.at(parameters, total, examples) for examples in self.probe()]
         return torch.stack(parts).sum(0) / tokens
@@ -349,20 +349,17 @@ def differentiable_encoder(dictionary: FeatureDictionary) -> Callable[[Tensor], 
     """
     encoder = dictionary.encoder
     if encoder is None:
-        return lambda hidden: hidden @ dictionary.directions.to(hidden).T
-    from .sae import SaeLensEncoder
+        return lambda hidden: torch.cat(
+            [block.project(hidden) for block in dictionary.blocks(len(hidden))], -1
+        )
+    from .sae_encoder import SaeLensEncoder
 
     if not isinstance(encoder, SaeLensEncoder):
         raise AuditError(
             f"The encoder of dictionary {dictionary.name!r} is a {type(encoder).__name__}, which cannot be differentiated; "
             "load the SAE with load_dictionary, or pass its directions alone."
         )
-    sae = encoder.sae
-
-    def encode(hidden: Tensor) -> Tensor:
-        return sae.encode(hidden.to(sae.W_dec.dtype))
-
-    return encode
+    return encoder.activations
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -9,7 +9,6 @@ from .dictionary import FeatureDictionary
 from .errors import AuditError
 
 POOLINGS = ("max", "mean", "last")
-_CHUNK_BYTES = 256 * 2**20
 
 
 @torch.no_grad()
@@ -45,7 +44,7 @@ def pooled(
         -torch.inf if pooling == "max" else 0.0,
         device=hidden.device,
     )
-    width = max(1, _CHUNK_BYTES // (4 * dictionary.d_sae))
+    width = dictionary.tokens_at_once
     for part, of_row in zip(tokens.split(width), rows.split(width), strict=True):
         activations = dictionary.encode(part)
         if features is not None:

@@ -58,6 +58,6 @@ class Probe:
         hidden = hidden_states(point, self.batch)
         mask = self.batch["attention_mask"].to(hidden.device).bool()
         tokens = hidden[mask & (mask.cumsum(1) > 1)]
-        width = max(1, 64 * 2**20 // (4 * dictionary.d_sae))
-        sums = [dictionary.encode(part)[:, features].sum(0) for part in tokens.split(width)]
+        parts = tokens.split(dictionary.tokens_at_once)
+        sums = [dictionary.encode(part)[:, features].sum(0) for part in parts]
         return torch.stack(sums).sum(0) / len(tokens)

@@ -33,8 +33,6 @@ from .residual_stream import hidden_states
 from .rewards import AnswerCheck, PolicyGradientLoss, answer_ids
 from .sampling import Sampling, answer_batches, sample_ids
 
-_CHUNK_BYTES = 256 * 2**20
-
 
 @dataclass(frozen=True)
 class AnswerActivations:
@@ -287,7 +285,7 @@ def _summed(
     sums = torch.zeros(len(units), dictionary.d_sae, device=device)
     tokens = np.zeros(len(units))
     active = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=device)
-    width = max(1, _CHUNK_BYTES // (4 * dictionary.d_sae))
+    width = dictionary.tokens_at_once
     bar = tqdm(batches, desc="Encoding", unit=" batches", disable=None if progress else True)
     for texts, batch in bar:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

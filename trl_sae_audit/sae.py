@@ -12,47 +12,21 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from sae_lens import SAE, TopKSAE, TrainingSAE
+from sae_lens import SAE, TrainingSAE
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.saes.transcoder import Transcoder
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
+from .sae_encoder import SaeLensEncoder, can_be_sliced, rescales, with_parameters
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_ROWS_BYTES = 64 * 2**20
 _NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
-
-
-class SaeLensEncoder:
-    """Encode and decode with the SAE itself, whatever its architecture and run-time normalisation."""
-
-    def __init__(self, sae: SAE[Any]) -> None:
-        self.sae = sae
-
-    @torch.no_grad()
-    def encode(self, hidden: Tensor) -> Tensor:
-        return self.sae.encode(hidden)
-
-    @torch.no_grad()
-    def decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
-        self.sae.run_time_activation_norm_fn_in(hidden)
-        return self.sae.decode(activations)
-
-    @torch.no_grad()
-    def output_scale(self, hidden: Tensor) -> Tensor:
-        """What the decoder's output is multiplied by at run time, read off by passing it zeros and ones."""
-        ends = []
-        for probe in (torch.zeros_like(hidden[..., :1]), torch.ones_like(hidden[..., :1])):
-            self.sae.run_time_activation_norm_fn_in(hidden)
-            ends.append(self.sae.run_time_activation_norm_fn_out(probe))
-        return ends[1] - ends[0]
-
-    def to(self, device: torch.device) -> SaeLensEncoder:
-        return SaeLensEncoder(copy.deepcopy(self.sae).to(device))
 
 
 def load_dictionary(
@@ -62,8 +36,14 @@ def load_dictionary(
     hook_point: str | None = None,
     name: str | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> FeatureDictionary:
     """An SAE as a dictionary, wherever it comes from.
+
+    On the CPU the weights stay in the file they were read from, mapped into memory: the operating system reads what is
+    used, shares it between processes and drops it when memory is short. Whatever the type they are kept in, scores are
+    computed in float32.
 
     Args:
         source: a sae-lens release (with `sae_id`), a directory saved by sae-lens, or an SAE object; of one that
@@ -72,50 +52,60 @@ def load_dictionary(
         hook_point: overrides the place recorded in the SAE: a module path such as `model.layers.9`.
         name: overrides the name used in logs and records.
         device: where to keep it; a training callback moves it to the model.
+        dtype: keep the matrices as float32, bfloat16 or float16; by default as they are saved. bfloat16 halves the memory
+            of an SAE saved in float32; `FeatureDictionary` says what it costs in precision.
+        offload: leave the weights in the host's memory when the dictionary moves to a GPU, and send the GPU 128 MiB of them at a
+            time. For dictionaries that take more of the GPU than you can spare.
 
     Raises:
         AuditError: unknown release or id, release not downloaded and the hub out of reach, a directory
             that is missing, damaged or of an unknown architecture, a transcoder, an SAE that does not
-            read the residual stream or whose input normalisation is unknown.
+            read the residual stream or whose input normalisation is unknown, or an architecture that cannot be
+            kept as asked.
     """
     if isinstance(source, TrainingSAE):
         sae, default_name = _inference_form(source), source.get_name()
     elif isinstance(source, SAE):
         sae, default_name = source, source.get_name()
     elif sae_id is not None:
-        sae, default_name = _load_release(str(source), sae_id, str(device)), f"{source}/{sae_id}"
+        sae, default_name = _load_release(str(source), sae_id), f"{source}/{sae_id}"
     else:
         path = Path(source)
-        sae, default_name = _load_directory(path, str(device)), path.resolve().name
-    return _as_dictionary(sae, name or default_name, hook_point).to(device)
+        sae, default_name = _load_directory(path), path.resolve().name
+    return _as_dictionary(sae, name or default_name, hook_point, dtype, offload).to(device)
 
 
-def _as_dictionary(sae: SAE[Any], name: str, hook_point: str | None) -> FeatureDictionary:
+def _as_dictionary(
+    sae: SAE[Any], name: str, hook_point: str | None, dtype: torch.dtype | None, offload: bool
+) -> FeatureDictionary:
     _refuse_unsuitable(sae, name)
     _refuse_not_finite(sae, name)
-    if sae.dtype != torch.float32:
-        sae = copy.deepcopy(sae).to(dtype=torch.float32)
+    if not can_be_sliced(sae) or sae.dtype == torch.float64:
+        if not can_be_sliced(sae) and (dtype not in (None, torch.float32) or offload):
+            raise AuditError(
+                f"SAE {name!r} ({sae.cfg.architecture()}) needs all of its features at once; leave dtype and offload away."
+            )
+        sae = with_parameters(sae, {part: value.float() for part, value in sae.named_parameters()})
     metadata = sae.cfg.metadata.to_dict()
     hook_point = hook_point or metadata.get("hf_hook_name") or metadata.get("hook_name")
     if not hook_point:
         raise AuditError(
             f"SAE {name!r} does not record where it hooks; pass hook_point='model.layers.N' to load_dictionary."
         )
-    return FeatureDictionary(
-        _decoder(sae),
+    dictionary = FeatureDictionary(
+        nn.functional.normalize(sae.W_dec.detach().float(), dim=1) if rescales(sae) else sae.W_dec,
         hook_point,
         name,
-        encoder=SaeLensEncoder(sae),
         model_name=metadata.get("model_name"),
         neuronpedia_id=metadata.get("neuronpedia_id"),
+        dtype=dtype,
+        offload=offload,
     )
-
-
-def _decoder(sae: SAE[Any]) -> Tensor:
-    """What one unit of each activation adds to the output before run-time normalisation: [d_sae, d_model]."""
-    if isinstance(sae, TopKSAE) and sae.cfg.rescale_acts_by_decoder_norm:
-        return torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
-    return sae.W_dec
+    if dtype not in (None, sae.W_enc.dtype):
+        decoder = sae.W_dec.to(dtype) if rescales(sae) else dictionary.decoder
+        sae = with_parameters(sae, {"W_enc": sae.W_enc.to(dtype), "W_dec": decoder})
+    dictionary.encoder = SaeLensEncoder(sae, offload=offload)
+    return dictionary
 
 
 def _inference_form(sae: TrainingSAE[Any]) -> SAE[Any]:
@@ -155,12 +145,19 @@ def _refuse_unsuitable(sae: SAE[Any], name: str) -> None:
 def _refuse_not_finite(sae: SAE[Any], name: str) -> None:
     """A threshold may be infinite, which switches a feature off; nothing else may."""
     for part, values in sae.named_parameters():
-        bad = values.isnan() if part == "threshold" else ~values.isfinite()
-        if bool(bad.any()):
+        check = torch.isnan if part == "threshold" else _not_finite
+        if any(
+            bool(check(some).any())
+            for some in values.detach().split(max(1, _ROWS_BYTES // values[:1].nbytes))
+        ):
             raise AuditError(
                 f"{part} of SAE {name!r} has values that are not finite; the file is damaged or was saved in a format "
                 "that overflowed: load it again or take another SAE."
             )
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    return ~values.isfinite()
 
 
 @contextmanager
@@ -186,10 +183,10 @@ def _shapes_from_cache() -> Iterator[None]:
         pretrained_sae_loaders.get_safetensors_tensor_shapes = over_http
 
 
-def _load_release(release: str, sae_id: str, device: str) -> SAE[Any]:
+def _load_release(release: str, sae_id: str) -> SAE[Any]:
     try:
         with _shapes_from_cache():
-            return SAE.from_pretrained(release, sae_id, device=device)
+            return SAE.from_pretrained(release, sae_id, device="cpu")
     except LocalEntryNotFoundError as error:
         raise AuditError(
             f"SAE {release}/{sae_id} is not in the local cache and the hub cannot be reached; download it once on a "
@@ -207,7 +204,7 @@ def _load_release(release: str, sae_id: str, device: str) -> SAE[Any]:
         raise AuditError(f"sae-lens cannot load SAE {release}/{sae_id}: {_one_line(error)}") from error
 
 
-def _load_directory(path: Path, device: str) -> SAE[Any]:
+def _load_directory(path: Path) -> SAE[Any]:
     if not path.is_dir():
         raise AuditError(
             f"{str(path)!r} is not a directory; give a directory saved by sae-lens, or a release together with sae_id."
@@ -235,7 +232,7 @@ def _load_directory(path: Path, device: str) -> SAE[Any]:
             f"({', '.join(sorted(SAE_CLASS_REGISTRY))}); update sae-lens, or save the SAE in one of these."
         )
     try:
-        return SAE.load_from_disk(path, device=device)
+        return SAE.load_from_disk(path, device="cpu")
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
         raise AuditError(f"SAE directory {path} is damaged or incomplete: {_one_line(error)}") from error
 

@@ -96,7 +96,7 @@ class TokenScores:
 
     def add(self, gradient: Tensor, hidden: Tensor, dictionary: FeatureDictionary) -> None:
         """Add tokens: `gradient` and `hidden` are [n, d_model], float32; chunked over the tokens."""
-        width = max(1, 64 * 2**20 // (4 * dictionary.d_sae))
+        width = dictionary.tokens_at_once
         for g, h in zip(gradient.split(width), hidden.split(width), strict=True):
             projected = dictionary.project(g)
             self.projected_squares += projected.square().sum(0)

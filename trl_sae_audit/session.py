@@ -31,6 +31,7 @@ from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
 logger = logging.getLogger(__name__)
 
 _MOST_BUFFERED_STEPS = 64
+_MOST_BUFFERED_SCORES = 2**24  # of one kind, in float32 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Session:
         self.layout = LAYOUTS[trainer_kind(trainer)]
         points = [check_dictionary(dictionary, policy) for dictionary in settings.dictionaries]
         watch = resolve_watch(settings.watch, settings.dictionaries)
+        widest = max(dictionary.d_sae for dictionary in settings.dictionaries)
+        self._buffered_steps = min(_MOST_BUFFERED_STEPS, max(1, _MOST_BUFFERED_SCORES // widest))
         self._probe = as_probe(settings.probe, trainer)
         output_dir = settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
         state = self._load_state(output_dir)
@@ -135,7 +138,7 @@ class Session:
             channel.buffer.finish_step(divisor)
         self.step += 1
         self.global_steps.append(self.trainer.state.global_step + 1)
-        if len(self.global_steps) >= _MOST_BUFFERED_STEPS:
+        if len(self.global_steps) >= self._buffered_steps:
             self._project()
 
     def after_step(self) -> None:

@@ -89,7 +89,7 @@ class FeatureShieldCallback(TrainerCallback):
         self.strength = strength
         self.mode = mode
         self._run: _Run | None = None
-        directions = dictionary.directions[[flag.feature for flag in self.flags]]
+        directions = dictionary.rows([flag.feature for flag in self.flags])
         signs = torch.tensor([-1.0 if flag.direction == "down" else 1.0 for flag in self.flags])
         self._rows = span_basis(directions) if mode == "full" else directions * signs.to(directions)[:, None]
         self._both = torch.tensor([flag.direction == "both" for flag in self.flags], dtype=torch.bool)
@@ -140,7 +140,7 @@ class _Run:
         self.point = check_dictionary(shield.dictionary, policy)
         device = next(self.point.decoder.parameters()).device
         shield.dictionary = shield.dictionary.to(device)
-        self._directions = shield.dictionary.directions[[flag.feature for flag in shield.flags]]
+        self._directions = shield.dictionary.rows([flag.feature for flag in shield.flags])
         self._names = distinct_names(shield.flags)
         self._seen = False
         self._step = torch.zeros(2, len(shield.flags), device=device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
-from .scores import TokenScores, attribution, variance_of_sum
+from .scores import TokenScores, variance_of_sum
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all processes."""
@@ -129,16 +129,10 @@ def score_steps(steps: list[StepSums], dictionary: FeatureDictionary, reduce: Re
     packed = torch.stack([torch.cat([step.sums.flatten(), step.counts]) for step in steps])
     packed = reduce(packed.to(dictionary.device, torch.float32))
     sums, counts = packed[:, : 3 * d_model].reshape(-1, 3, d_model), packed[:, 3 * d_model :]
-    projected = attribution(sums.reshape(-1, d_model), dictionary).reshape(len(steps), 3, -1)
     means = sums[:, 0] / counts[:, :1]
-    deviations = reduce(
-        torch.stack(
-            [
-                _sum_of_squares(step.examples.to(mean) - mean, dictionary)
-                for step, mean in zip(steps, means, strict=True)
-            ]
-        )
-    )
+    centred = [step.examples.to(mean) - mean for step, mean in zip(steps, means, strict=True)]
+    projected, deviations = _project(-sums.reshape(-1, d_model), centred, dictionary)
+    projected, deviations = projected.reshape(len(steps), 3, -1), reduce(deviations)
     scores = StepScores(
         gradient=sums[:, 0],
         attribution=projected[:, 0],
@@ -158,14 +152,18 @@ def score_steps(steps: list[StepSums], dictionary: FeatureDictionary, reduce: Re
     return scores
 
 
-def _sum_of_squares(vectors: Tensor, dictionary: FeatureDictionary) -> Tensor:
-    """Σ_i ⟨v_i, d_f⟩² [d_sae] without an [n, d_sae] matrix larger than a chunk."""
-    return torch.cat(
-        [
-            (vectors @ dictionary.directions[part].T).square().sum(0)
-            for part in dictionary.chunks(len(vectors))
-        ]
-    )
+def _project(vectors: Tensor, groups: list[Tensor], dictionary: FeatureDictionary) -> tuple[Tensor, Tensor]:
+    """⟨v, d_f⟩ [n, d_sae] of `vectors` [n, d_model], and Σ_i ⟨v_i, d_f⟩² [groups, d_sae] within each group.
+
+    In one reading of the dictionary, and without an [n, d_sae] matrix of the groups.
+    """
+    products = torch.empty(len(vectors), dictionary.d_sae, device=dictionary.device)
+    squares = torch.empty(len(groups), dictionary.d_sae, device=dictionary.device)
+    for block in dictionary.blocks(max(map(len, [vectors, *groups]))):
+        products[:, block.features] = block.project(vectors)
+        for index, group in enumerate(groups):
+            squares[index, block.features] = block.project(group).square_().sum(0)
+    return products, squares
 
 
 def _add_tokens(parts: list[TokenScores], divisor: float) -> TokenScores:
