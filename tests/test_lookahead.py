@@ -325,7 +325,7 @@ def test_sampled_change_is_the_derivative_of_importance_weighting(tokenizer):
                 weights = (ratio[0] * counted[1:]).cumsum(0)[counted[1:]].exp()
                 with torch.no_grad():
                     states = model(ids, output_hidden_states=True).hidden_states[2][0, counted]
-                numerator = numerator + weights @ (states @ dictionary.directions.T)
+                numerator = numerator + weights @ (states @ dictionary.directions.to(states).T)
                 denominator = denominator + weights.sum()
         return numerator / denominator
 
@@ -382,13 +382,19 @@ def test_sampled_change_is_that_of_the_exact_expectation(tokenizer):
             for token, chance in enumerate(first):
                 begun = torch.tensor([[*prompt, token]])
                 states = model(begun, output_hidden_states=True).hidden_states[2][0, -1]
-                activity, tokens = activity + chance * (states @ dictionary.directions.T), tokens + chance
+                activity, tokens = (
+                    activity + chance * (states @ dictionary.directions.to(states).T),
+                    tokens + chance,
+                )
                 if token == tokenizer.eos_token_id:
                     continue
                 then = chance * policy(begun).logits[0, -1].softmax(-1)
                 both = torch.cat([begun.expand(vocabulary, -1), second[:, None]], dim=1)
                 states = model(both, output_hidden_states=True).hidden_states[2][:, -1]
-                activity, tokens = activity + then @ (states @ dictionary.directions.T), tokens + then.sum()
+                activity, tokens = (
+                    activity + then @ (states @ dictionary.directions.to(states).T),
+                    tokens + then.sum(),
+                )
         return activity / tokens
 
     h = 1e-3
@@ -445,7 +451,7 @@ def test_finite_differences_are_close_where_forward_derivatives_are_not_to_be_ha
     single = look(
         copy.deepcopy(model).float(),
         tokenizer,
-        directions(dtype=torch.float32),
+        directions(),
         RULES["sgd"],
         method="finite_difference",
     )

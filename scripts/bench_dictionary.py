@@ -1,0 +1,286 @@
+"""What a dictionary of many features takes in memory and time, wherever features times something is held.
+
+    python scripts/bench_dictionary.py --features 16384 65536 262144 1048576
+    python scripts/bench_dictionary.py --features 1048576 --dtype bfloat16
+    python scripts/bench_dictionary.py --features 1048576 --width 16 --trainer
+
+Every size is a process of its own, with a random JumpReLU SAE that it saves and loads. "own" is the largest memory of the process's own
+during a stage beyond what it had before; "mapped" are the pages of the SAE's file that were in memory at its end, which
+processes share and the system may drop; seconds are of the process's own processor time, since others may use the machine. With
+`--trainer` a tiny model is trained with TRL's DPO, with and without the callback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from trl_sae_audit import FeatureAttributionCallback, RunRecord, load_dictionary
+from trl_sae_audit.audit_pass import ExampleArrays, active_features
+from trl_sae_audit.audit_statistics import feature_statistics
+from trl_sae_audit.audit_store import Part
+from trl_sae_audit.channel import Channel
+from trl_sae_audit.hook_points import HookPoint
+from trl_sae_audit.record_writer import RecordWriter
+
+EXAMPLES, TOKENS, PAIRS = 8, 200, 64
+
+
+def memory() -> dict[str, float]:
+    """Resident MiB: of the process's own, and of mapped files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        name: int(lines[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))
+    }
+
+
+class Stages:
+    """Peak memory and processor time of one thing after another."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._peak = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self._peak = max(self._peak, memory()["own"])
+            time.sleep(0.005)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        before, started = memory(), time.process_time()
+        self._peak = before["own"]
+        yield
+        seconds = time.process_time() - started
+        after = memory()
+        self.rows.append(
+            {
+                "stage": name,
+                "own": max(self._peak, after["own"]) - before["own"],
+                "kept": after["own"] - before["own"],
+                "mapped": after["mapped"],
+                "seconds": seconds,
+            }
+        )
+
+
+def save_sae(directory: Path, features: int, width: int) -> None:
+    """A random JumpReLU SAE in sae-lens' format, about 40 features active a token."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.empty(features, width)
+    some = torch.randn(8192, width, generator=generator) / width**0.5
+    for start in range(0, features, 8192):
+        rows = decoder[start : start + 8192]
+        rows[:] = some[: len(rows)].roll(start // 8192 % width, dims=1)
+    config = {
+        "architecture": "jumprelu",
+        "d_in": width,
+        "d_sae": features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"hook_name": "model.layers.0", "sae_lens_version": "6.54.12"},
+    }
+    directory.mkdir()
+    (directory / "cfg.json").write_text(json.dumps(config))
+    threshold = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - 40 / features)))
+    weights = {
+        "W_dec": decoder,
+        "W_enc": decoder.T.contiguous(),
+        "b_enc": torch.zeros(features),
+        "b_dec": torch.zeros(width),
+        "threshold": torch.full((features,), threshold),
+    }
+    save_file(weights, directory / "sae_weights.safetensors")
+
+
+def stages_of(features: int, width: int, options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+    """Loading, ten optimizer steps and a log, a flush, the record read back; an answer and an audit."""
+    stages, generator = Stages(), torch.Generator().manual_seed(1)
+    with stages.stage("load"):
+        dictionary = load_dictionary(root / "sae", dtype=getattr(torch, options.dtype))
+    module = nn.Identity()
+    with stages.stage("channel"):
+        channel = Channel(
+            dictionary,
+            HookPoint("model.layers.0", module, module),
+            {"one": 1},
+            top_k=20,
+            health_tokens=64,
+            token_scores=False,
+            totals=None,
+        )
+    header = {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
+    writer = RecordWriter.create(root / "record", header)
+    for _ in range(7):  # 70 steps: the time bins are all in use
+        for _ in range(10):
+            channel.buffer.add(
+                torch.randn(EXAMPLES, width, generator=generator),
+                torch.ones(EXAMPLES),
+                paired=False,
+                tokens=None,
+            )
+            channel.buffer.finish_step(1.0)
+        first = channel.totals.steps + 1
+        steps = np.arange(first, first + 10)
+        with stages.stage("a log: ten steps projected, totals"):
+            tables = channel.project({"step": steps, "global_step": steps}, lambda x: x, keep_examples=False)
+            channel.take_window()
+    stages.rows[2:-1] = []
+    stages.rows[-1]["kept"] = 0.0
+    for name, parts in tables.items():
+        for part in parts:
+            writer.append(name, part)
+    hidden = torch.randn(TOKENS, width, generator=generator)
+    with stages.stage("a log: health on 64 tokens"):
+        assert channel.sample is not None
+        channel.sample(hidden[None, :64], hidden[None, :64], None)
+        channel.measure_health()
+    with stages.stage("a flush of the record"):
+        writer.flush(channel.totals.steps, {dictionary.name: channel.totals})
+    size = sum(path.stat().st_size for path in (root / "record").rglob("*.safetensors"))
+    writer.close("finished")
+    del channel, writer
+    with stages.stage("the record read: features()"):
+        RunRecord.load(root / "record").features()
+    answer = torch.ones(TOKENS, dtype=torch.bool)
+    with stages.stage(f"audit: an answer of {TOKENS} tokens"):
+        found = active_features(dictionary, hidden, hidden, answer, answer)
+    arrays = ExampleArrays(
+        gradient=np.random.default_rng(0).standard_normal((PAIRS, 2, width), dtype=np.float32),
+        side=np.tile(np.array([1, -1], np.int8), (PAIRS, 1)),
+        length=np.full((PAIRS, 2), TOKENS, np.int32),
+        log_prob=np.zeros((PAIRS, 2), np.float32),
+        indptr=np.arange(2 * PAIRS + 1, dtype=np.int64) * len(found[0]),
+        feature=np.tile(found[0], 2 * PAIRS),
+        mean=np.tile(found[1], 2 * PAIRS),
+        extreme=np.tile(found[2], 2 * PAIRS),
+        effect=np.tile(found[3], 2 * PAIRS),
+    )
+    part = Part(np.arange(PAIRS), np.zeros((PAIRS, 32), np.uint8), [], arrays, {})
+    if options.statistics:
+        with stages.stage(f"audit: statistics of {PAIRS} pairs, 9,999 flips"):
+            feature_statistics(lambda: [part], dictionary, PAIRS)
+    return [*stages.rows, {"stage": "totals on disk", "own": size / 2**20}]
+
+
+def trainer_of(features: int, width: int, with_callback: bool, root: Path) -> list[dict[str, Any]]:
+    """TRL's DPO on a model of `width`, 30 steps of 4 pairs."""
+    from bench_overhead import tiny_parts
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    _, tokenizer, dataset, _ = tiny_parts()
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape, **heads)  # type: ignore[arg-type]
+    dictionary = load_dictionary(root / "sae") if with_callback else None
+    stages = Stages()
+    with stages.stage("training"):
+        trainer = DPOTrainer(
+            LlamaForCausalLM(config),
+            args=DPOConfig(
+                output_dir=str(root / "out"),
+                per_device_train_batch_size=4,
+                max_steps=30,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[FeatureAttributionCallback(dictionary, root / "record")] if dictionary else [],
+        )
+        trainer.train()
+    stages.rows[0]["stage"] = "with the callback" if with_callback else "without"
+    return stages.rows
+
+
+def alone(arguments: list[str]) -> list[dict[str, Any]]:
+    """A process of its own."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "stage": lambda row: row["stage"],
+        "own, peak MiB": lambda row: f"{row['own']:,.0f}",
+        "own, kept MiB": lambda row: f"{row['kept']:,.0f}" if "kept" in row else "",
+        "mapped MiB": lambda row: f"{row['mapped']:,.0f}" if "mapped" in row else "",
+        "seconds": lambda row: f"{row['seconds']:.2f}" if "seconds" in row else "",
+    }
+    for name in columns:
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for row in rows:
+        table.add_row(*(show(row) for show in columns.values()))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--features", type=int, nargs="+", default=[16_384, 65_536, 262_144, 1_048_576])
+    parser.add_argument("--width", type=int, default=640, help="d_model")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="how to keep the SAE"
+    )
+    parser.add_argument("--trainer", action="store_true", help="train a tiny model instead")
+    parser.add_argument(
+        "--no-statistics", dest="statistics", action="store_false", help="leave out an audit's statistics"
+    )
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.alone:
+        features = options.features[0]
+        if options.alone == "save":
+            save_sae(options.directory / "sae", features, options.width)
+            rows = []
+        elif options.alone == "stages":
+            rows = stages_of(features, options.width, options, options.directory)
+        else:
+            rows = trainer_of(features, options.width, options.alone == "with", options.directory)
+        print(json.dumps(rows))
+        return
+    for features in options.features:
+        with tempfile.TemporaryDirectory() as root:
+            common = ["--features", str(features), "--width", str(options.width), "--directory", root]
+            common += ["--dtype", options.dtype, *([] if options.statistics else ["--no-statistics"])]
+            alone([*common, "--alone", "save"])
+            rows = []
+            for what in ("without", "with") if options.trainer else ("stages",):
+                rows += alone([*common, "--alone", what])
+        title = f"{features:,} features of {options.width}, {options.dtype}"
+        Console(width=110).print(table_of(title, rows))
+
+
+if __name__ == "__main__":
+    main()
