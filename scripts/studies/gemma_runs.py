@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_sae_audit.audit_run import batched
 from trl_sae_audit.dictionary import FeatureDictionary
@@ -50,10 +57,18 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def dpo_config(directory: str | Path, **settings: Any) -> DPOConfig:
     """DPO on a CPU as both studies run it: AdamW, the learning rate constant after `WARMUP` steps, nothing saved."""
-    fixed: dict[str, Any] = {
+    return DPOConfig(output_dir=str(directory), precompute_ref_log_probs=True, **(_on_a_cpu() | settings))
+
+
+def sft_config(directory: str | Path, **settings: Any) -> SFTConfig:
+    """SFT likewise, on the completions alone."""
+    return SFTConfig(output_dir=str(directory), completion_only_loss=True, **(_on_a_cpu() | settings))
+
+
+def _on_a_cpu() -> dict[str, Any]:
+    return {
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": WARMUP,
-        "precompute_ref_log_probs": True,
         "gradient_checkpointing": False,
         "use_cpu": True,
         "bf16": False,
@@ -62,7 +77,6 @@ def dpo_config(directory: str | Path, **settings: Any) -> DPOConfig:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    return DPOConfig(output_dir=str(directory), **(fixed | settings))
 
 
 def train_dpo(
@@ -71,16 +85,43 @@ def train_dpo(
     pairs: Sequence[Pair],
     args: DPOConfig,
     shape: Callable[[Dataset], Dataset] | None = None,
+    adapter: LoraConfig | None = None,
 ) -> list[dict[str, float]]:
-    """Train `model` in place; returns the trainer's log, a row a step. `shape` may change the prepared dataset."""
+    """Train `model` in place; returns the trainer's log, a row a step. `shape` may change the prepared dataset.
+
+    With an `adapter` only that is trained, and merged into the weights at the end.
+    """
     rows = Dataset.from_list(
         [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs]
     )
-    trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer = DPOTrainer(
+        model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+    )
     if shape is not None:
         trainer.train_dataset = shape(trainer.train_dataset)
+    return trained(trainer)
+
+
+def trained(trainer: Trainer) -> list[dict[str, float]]:
+    """Train, and merge the adapter if there is one; returns the log, a row a step."""
     trainer.train()
+    if isinstance(trainer.model, PeftModel):
+        trainer.model.merge_and_unload()
     return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def train_sft(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    answered: Sequence[Pair],
+    args: SFTConfig,
+    adapter: LoraConfig | None = None,
+) -> list[dict[str, float]]:
+    """Teach `model` the completions of rows of `prompt` and `completion`, in place; returns the log as `train_dpo` does."""
+    rows = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in answered])
+    return trained(
+        SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    )
 
 
 def look_ahead(

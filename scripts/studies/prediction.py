@@ -9,14 +9,15 @@ activation in the run, as the trained model reads held-out answers and as it wri
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from common import Cell, markdown_table, new_figure, save_figure, write_report
+from common import RAW, Cell, markdown_table, new_figure, save_figure, write_report
 from lab_scores import (
     NAMES,
     along_random_directions,
@@ -26,6 +27,7 @@ from lab_scores import (
     study,
     swapped,
 )
+from safetensors.numpy import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_sae_audit import load_dictionary, verify
@@ -47,52 +49,105 @@ OVER_TRAINING = (10, 40, 160)
 HELD_OUT_PAIRS, HELD_OUT_PROMPTS = 250, 500
 WRITING = Sampling(answers=4, max_new_tokens=56, seed=2)
 READ, WRITTEN = "teacher-forced", "sampled"
-CONTROLLED = "agrees"
+ONE_RUN, MEAN_RUN = "one run", "mean of the runs"
 SWAPPED, SECOND_RUN, RANDOM_DIRECTIONS = ", labels swapped", "a second run", "attribution, random directions"
 BATCH = 64
 
 
 def cells(seeds: int) -> list[Cell]:
-    """One run a world, all seeds and behaviours early; then in two worlds a longer one, looked at three times."""
-    runs = [
-        {"seed": seed, "plant": PLANTS[(seed + shift) % len(PLANTS)], "steps": [STEPS]}
+    """All seeds and behaviours early, with every control; then the other worlds; then in two worlds a longer run, looked at three times.
+
+    Of every world there are several runs, which differ in the order of the pairs: what they share is all that can be foretold.
+    """
+    worlds = [
+        {
+            "seed": seed,
+            "plant": PLANTS[(seed + shift) % len(PLANTS)],
+            "steps": [STEPS],
+            "runs": 2 if shift else 3,
+            "control": not shift,
+        }
         for shift in range(len(PLANTS))
         for seed in range(seeds)
     ]
     longer = [
-        {"seed": seed, "plant": "agrees", "steps": list(OVER_TRAINING)} for seed in range(min(seeds, 2))
+        {"seed": seed, "plant": "agrees", "steps": list(OVER_TRAINING), "runs": 2, "control": False}
+        for seed in range(min(seeds, 2))
     ]
-    return runs + longer
+    return worlds + longer
 
 
 def run(cell: Cell) -> Iterable[dict[str, Any]]:
-    """Scores before training, a run, and how well each score predicted it at each length."""
+    """Scores before training, some runs, and how well each score predicted them at each length: a row a score and target.
+
+    `of` says what is predicted: the first run, or what the runs have in common, their mean. `shared` is the R² with it that a
+    score could have which knows what all such runs have in common.
+    """
     world = build_world(cell["seed"], progress=False)
     dictionary = load_dictionary(world.dictionary_path)
     pairs = planted_pairs(world, cell["plant"], STRENGTH)
     meter = _meter(cell["seed"])
-    changes = meter.changes(pairs, cell["steps"], seed=0)
-    short = cell["steps"] == [STEPS]
-    controlled = short and cell["plant"] == CONTROLLED
-    second = meter.changes(pairs, [STEPS], seed=1)[STEPS] if controlled else []
+    name = f"{cell['plant']}-{STRENGTH}"
+    runs = [meter.changes(pairs, name, cell["steps"], order) for order in range(cell["runs"])]
     for steps in cell["steps"]:
-        audit = audited(world, pairs, f"{cell['plant']}-{STRENGTH}", dictionary, steps)
+        audit = audited(world, pairs, name, dictionary, steps)
         scores = scores_of(audit) | {RANDOM_DIRECTIONS: along_random_directions(audit, cell["seed"])}
-        if controlled:
+        if cell["control"]:
             others = swapped(pairs, cell["seed"])
             control = audited(world, others, f"{cell['plant']}-swapped", dictionary, steps)
             scores |= {name + SWAPPED: value for name, value in scores_of(control).items()}
-        for place, change in enumerate(changes[steps]):
-            extra = {SECOND_RUN: second[place].change} if second else {}
-            found = verify(scores | extra, change, draws=200)
-            for row in found.table.to_dict("records"):
-                yield {
-                    "run_steps": steps,
-                    "target": change.kind,
-                    "ceiling": found.ceiling,
-                    "features": len(found.features),
-                    **{str(key): value for key, value in row.items()},
-                }
+        for changes in zip(*(made[steps] for made in runs), strict=True):
+            yield from _compared(scores, changes, steps)
+
+
+def _compared(
+    scores: dict[str, np.ndarray], changes: Sequence[RealisedChange], steps: int
+) -> Iterable[dict[str, Any]]:
+    """Scores against the first of some runs, and against their mean."""
+    again = agreement(changes)
+    second = {SECOND_RUN: changes[1].change}
+    of_mean = len(changes) * again / (1 + (len(changes) - 1) * again)
+    for of, target, known, shared in (
+        (ONE_RUN, changes[0], scores | second, again),
+        (MEAN_RUN, mean_change(changes), scores, of_mean),
+    ):
+        found = verify(known, target, draws=200)
+        for row in found.table.to_dict("records"):
+            yield {
+                "run_steps": steps,
+                "target": target.kind,
+                "of": of,
+                "ceiling": found.ceiling,
+                "shared": shared,
+                "features": len(found.features),
+                **{str(key): value for key, value in row.items()},
+            }
+
+
+def agreement(changes: Sequence[RealisedChange]) -> float:
+    """The mean correlation of the changes that different runs make, over the features.
+
+    If a run's change is what all runs have in common plus what is its own, this is the part of its variance that is
+    common: the R² of the common part with the change in one run. Of the mean of n runs it is, by Spearman and Brown, n·r / (1 + (n − 1)·r).
+    """
+    counted = np.any([change.active for change in changes], axis=0)
+    table = np.corrcoef([change.change[counted] for change in changes])
+    return float(table[np.triu_indices(len(changes), 1)].mean())
+
+
+def mean_change(changes: Sequence[RealisedChange]) -> RealisedChange:
+    """The change of the runs taken together: all that they write, or read, after training."""
+    after = [change.after for change in changes]
+    return RealisedChange(
+        changes[0].kind,
+        changes[0].before,
+        AnswerActivations(
+            np.sum([each.sums for each in after], axis=0),
+            np.sum([each.tokens for each in after], axis=0),
+            after[0].prompts,
+            np.any([each.active for each in after], axis=0),
+        ),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -113,21 +168,31 @@ class Meter:
         self.read_before = self._reads(self.before)
         self.written_before = self._writes(self.before)
 
-    def changes(self, pairs: Any, lengths: list[int], seed: int) -> dict[int, list[RealisedChange]]:
-        """One run as long as the longest of `lengths`, looked at after each: reading and writing."""
-        kept = _Snapshots(lengths)
-        with tempfile.TemporaryDirectory() as scratch:
-            train_dpo(self.world, pairs, dpo_arguments(scratch, max(lengths), seed), callbacks=[kept])
-        return {steps: self._measured(kept.states[steps]) for steps in lengths}
+    def changes(
+        self, pairs: Any, name: str, lengths: list[int], order: int
+    ) -> dict[int, list[RealisedChange]]:
+        """One run as long as the longest of `lengths`, looked at after each: reading and writing.
 
-    def _measured(self, state: dict[str, torch.Tensor]) -> list[RealisedChange]:
-        after = self.world.model()
-        after.load_state_dict(state)
-        after.eval()
-        return [
-            RealisedChange(READ, self.read_before, self._reads(after)),
-            RealisedChange(WRITTEN, self.written_before, self._writes(after)),
-        ]
+        What a run does is kept in `runs/studies/changes`; asked for again, it costs nothing.
+        """
+        start = f"{name}-{self.world.config.seed}-{order}"
+        places = {steps: RAW / "changes" / f"{start}-{steps}.safetensors" for steps in lengths}
+        if not all(place.exists() for place in places.values()):
+            kept = _Snapshots(lengths)
+            with tempfile.TemporaryDirectory() as scratch:
+                train_dpo(self.world, pairs, dpo_arguments(scratch, max(lengths), order), callbacks=[kept])
+            for steps, place in places.items():
+                after = self.world.model()
+                after.load_state_dict(kept.states[steps])
+                after.eval()
+                keep(place, {READ: self._reads(after), WRITTEN: self._writes(after)})
+        before = {READ: self.read_before, WRITTEN: self.written_before}
+        return {
+            steps: [
+                RealisedChange(kind, before[kind], after) for kind, after in kept_at(place, before).items()
+            ]
+            for steps, place in places.items()
+        }
 
     def _reads(self, model: Any) -> AnswerActivations:
         return answer_activations(model, self.world.tokenizer, self.dictionary, self.pairs, batch_size=BATCH)
@@ -142,6 +207,26 @@ class Meter:
             sampling=WRITING,
             batch_size=250,
         )
+
+
+def keep(place: Path, found: dict[str, AnswerActivations]) -> None:
+    """Write activations, by name, to a file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    parts = ("sums", "tokens", "active")
+    save_file(
+        {f"{kind} {part}": getattr(each, part) for kind, each in found.items() for part in parts}, place
+    )
+
+
+def kept_at(place: Path, before: dict[str, AnswerActivations]) -> dict[str, AnswerActivations]:
+    """What `keep` wrote there; of the same prompts as `before`."""
+    arrays = load_file(place)
+    return {
+        kind: AnswerActivations(
+            arrays[f"{kind} sums"], arrays[f"{kind} tokens"], each.prompts, arrays[f"{kind} active"]
+        )
+        for kind, each in before.items()
+    }
 
 
 class _Snapshots(TrainerCallback):
@@ -176,14 +261,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         line = {"score": score}
         for target, heading in ((READ, "reading"), (WRITTEN, "writing")):
             part = rows[(rows["score"] == score) & (rows["target"] == target)]
-            for statistic, label in (("r2", "R²"), ("spearman", "ρ"), ("precision", "top 20")):
-                interval = bootstrap_interval(part[statistic].to_numpy())
-                shown = f"{interval.estimate:.2f}"
-                if statistic == "r2":
-                    shown += (
-                        f" ({interval.low:.2f} to {interval.high:.2f})" if len(part) > 1 else " (one world)"
-                    )
-                line[f"{heading}: {label}"] = shown
+            interval = bootstrap_interval(part["r2"].to_numpy())
+            around = f"{interval.low:.2f} to {interval.high:.2f}" if len(part) > 1 else "one world"
+            line[f"{heading}: R²"] = f"{interval.estimate:.2f} ({around})"
+            for statistic, label in (("spearman", "ρ"), ("precision", "top 20")):
+                line[f"{heading}: {label}"] = f"{part[statistic].mean():.2f}"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -223,14 +305,18 @@ def leads(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
 def by_world(rows: pd.DataFrame, target: str, scores: list[str]) -> pd.DataFrame:
     """R² in every world, with its interval over prompts, and the most that could be reached."""
     lines = []
-    for _, world in rows[rows["target"] == target].groupby(["seed", "plant"], sort=True):
+    ours = rows[rows["target"] == target]
+    for _, both in ours.groupby(["seed", "plant"], sort=True):
+        world, common = both[both["of"] == ONE_RUN], both[both["of"] == MEAN_RUN].set_index("score")
         by_score, first = world.set_index("score"), world.iloc[0]
         line: dict[str, Any] = {"world": f"{first['plant']}, seed {first['seed']}"}
         for score in [name for name in scores if name in by_score.index]:
             value, low, high = by_score.loc[score, ["r2", "r2_low", "r2_high"]].to_numpy(np.float64)
             line[score] = f"{value:.2f} ({low:.2f} to {high:.2f})"
         line["slope of the first"] = f"{float(world[world['score'] == scores[0]]['slope'].iloc[0]):.2f}"
-        line["a perfect score"] = f"{float(first['ceiling']):.2f}"
+        line["what runs share"] = f"{float(first['shared']):.2f}"
+        line["given the prompts"] = f"{float(first['ceiling']):.2f}"
+        line["the first, of the mean run"] = f"{common.loc[[scores[0]], 'r2'].mean():.2f}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
 
@@ -272,14 +358,37 @@ def figure(rows: pd.DataFrame) -> str:
     )
 
 
+def attainable(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
+    """Beside the R² of the best score what could be reached, of one run and of the mean of some; means over the worlds."""
+    lines = []
+    for target, heading in ((READ, "reading"), (WRITTEN, "writing")):
+        for of in (ONE_RUN, MEAN_RUN):
+            part = rows[(rows["target"] == target) & (rows["of"] == of)]
+            ours = part[part["score"] == best[target]]
+            second = part[part["score"] == SECOND_RUN]
+            line = {"": heading, "predicted": of, "score": best[target]}
+            for label, values in (
+                ("R²", ours["r2"]),
+                ("what runs share", ours["shared"]),
+                ("R² / shared", ours["r2"] / ours["shared"]),
+                *([("R² of a second run", second["r2"])] if len(second) else []),
+            ):
+                interval = bootstrap_interval(values.to_numpy())
+                line[label] = f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+            lines.append(line)
+    return pd.DataFrame(lines).fillna("")
+
+
 def report(rows: pd.DataFrame) -> None:
     """Write docs/studies/prediction.md."""
     longer = rows["steps"].map(len) > 1
-    short = rows[~longer]
+    everything, long = rows[~longer], rows[longer & (rows["of"] == ONE_RUN)]
+    short = everything[everything["of"] == ONE_RUN]
     means = short.groupby(["target", "score"])["r2"].mean()
     predictors = list(NAMES.values())
     best = {target: means[target][predictors].idxmax() for target in (READ, WRITTEN)}
     worlds = short.groupby(["seed", "plant"]).ngroups
+    controlled = short[short["control"]].groupby(["seed", "plant"]).ngroups
     sections = [
         f"{worlds} worlds ({short['seed'].nunique()} seeds × {short['plant'].nunique()} planted behaviours, each planted in "
         f"{STRENGTH:.0%} of 640 pairs in half of which a right answer wins). A DPO run of {STEPS} AdamW steps of 16 pairs with "
@@ -290,32 +399,41 @@ def report(rows: pd.DataFrame) -> None:
         "change is down has R² 0.",
         figure(short),
         markdown_table(table(short)),
-        "*Labels swapped*: the same scores, from the same pairs with chosen and rejected exchanged in a random half. *A second run*: "
-        "the change in a run that differs in the order of the pairs only: as far as runs agree. Both in the worlds with "
-        f"`{CONTROLLED}` only. "
+        "*Labels swapped*: the same scores, from the same pairs with chosen and rejected exchanged in a random half "
+        f"({controlled} worlds). *A second run*: the change in a run that differs in the order of the pairs only. "
         "*Lookahead*: first order in one usual step. *Rehearsal*: four long steps, as far as the run's end.",
+        "What they cost, in gradients of a pair: attribution, the lookahead and the rehearsal 640 each, once for every pair. "
+        f"So does a run of {STEPS} steps; of one of 160 steps, a quarter.",
+        "## What can be foretold",
+        "Runs that differ in nothing but the order of the pairs do not change features alike. What they have in common is all that can "
+        "be known before one of them: *what runs share* is their mean correlation over features, the R² of the common part with one "
+        "run, and of the mean of several runs what Spearman and Brown's formula makes of it. It holds sampling noise as well.",
+        markdown_table(attainable(everything, best)),
         "## Ahead of the others",
         markdown_table(leads(short, best)),
         "## World by world",
         "R² with intervals over prompts: within one run, scores are apart where these are. The slope is 1 where sizes are right as "
-        "well. *A perfect score*: the R² to expect of one, given the number of prompts.",
+        "well. *What runs share*: see above; *given the prompts*: the R² to expect of a perfect score of this one run, given the number "
+        "of prompts. *Of the mean run*: of two or three runs together.",
         "Reading:",
-        markdown_table(by_world(short, READ, [best[READ], "disparity", best[READ] + SWAPPED, SECOND_RUN])),
+        markdown_table(
+            by_world(everything, READ, [best[READ], "disparity", best[READ] + SWAPPED, SECOND_RUN])
+        ),
         "Writing:",
         markdown_table(
             by_world(
-                short,
+                everything,
                 WRITTEN,
                 [best[WRITTEN], "mean activation difference", best[WRITTEN] + SWAPPED, SECOND_RUN],
             )
         ),
     ]
-    if longer.any():
+    if len(long):
         sections += [
             "## Over training",
-            f"{rows[longer]['seed'].nunique()} worlds with `agrees`, R² after 10, 40 and 160 steps of one run (160 are four "
+            f"{long['seed'].nunique()} worlds with `agrees`, R² after 10, 40 and 160 steps of one run (160 are four "
             "epochs); rehearsals of as many steps.",
-            markdown_table(over_training(rows[longer])),
+            markdown_table(over_training(long)),
         ]
     write_report(NAME, "Which score predicts what training does?", sections)
 
