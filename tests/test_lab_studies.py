@@ -108,7 +108,7 @@ def test_what_runs_share_is_the_r2_of_the_common_part(studies):
     import prediction
 
     random = np.random.default_rng(0)
-    d_sae, units = 20_000, 2
+    d_sae, units = 4_000, 2
     common = random.standard_normal(d_sae)
     prompts, tokens = ("one", "two"), np.array([1.0, 3.0])
     before = AnswerActivations(np.zeros((units, d_sae)), tokens, prompts, np.ones(d_sae, bool))
@@ -119,13 +119,13 @@ def test_what_runs_share_is_the_r2_of_the_common_part(studies):
         after = AnswerActivations(sums, tokens, prompts, np.ones(d_sae, bool))
         runs.append(RealisedChange("sampled", before, after))
     shared = prediction.agreement(runs)
-    assert shared == pytest.approx(0.5, abs=0.02)
+    assert shared == pytest.approx(0.5, abs=0.03)
     rows = pd.DataFrame(prediction._compared({"common": common}, runs, 3)).set_index(["of", "score"])
-    assert rows.loc[("one run", "common"), "r2"] == pytest.approx(shared, abs=0.02)
-    assert rows.loc[("one run", "a second run"), "r2"] == pytest.approx(shared**2, abs=0.02)
+    assert rows.loc[("one run", "common"), "r2"] == pytest.approx(shared, abs=0.04)
+    assert rows.loc[("one run", "a second run"), "r2"] == pytest.approx(shared**2, abs=0.04)
     of_mean = rows.loc[("mean of the runs", "common")]
-    assert of_mean["r2"] == pytest.approx(0.75, abs=0.02)
-    assert of_mean["shared"] == pytest.approx(0.75, abs=0.02)
+    assert of_mean["r2"] == pytest.approx(0.75, abs=0.03)
+    assert of_mean["shared"] == pytest.approx(0.75, abs=0.03)
 
 
 def test_the_table_over_training(studies):
