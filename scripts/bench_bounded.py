@@ -84,7 +84,7 @@ def main() -> None:
             if step % options.logging_steps == 0:
                 steps = np.arange(step - options.logging_steps + 1, step + 1)
                 tables = channel.project(
-                    {"step": steps, "global_step": steps}, lambda x: x, keep_examples=False
+                    {"step": steps, "global_step": steps}, channel.pack(), keep_examples=False
                 )
                 for name, parts in tables.items():
                     for part in parts:

@@ -144,7 +144,9 @@ def stages_of(features: int, width: int, options: argparse.Namespace, root: Path
         first = channel.totals.steps + 1
         steps = np.arange(first, first + 10)
         with stages.stage("a log: ten steps projected, totals"):
-            tables = channel.project({"step": steps, "global_step": steps}, lambda x: x, keep_examples=False)
+            tables = channel.project(
+                {"step": steps, "global_step": steps}, channel.pack(), keep_examples=False
+            )
             channel.take_window()
     stages.rows[2:-1] = []
     stages.rows[-1]["kept"] = 0.0

@@ -90,6 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not _runs_elsewhere(item)]
     for mark, missing, present in (
         ("gpu", "no CUDA device", torch.cuda.is_available()),
+        ("deepspeed", "pip install deepspeed", importlib.util.find_spec("deepspeed") is not None),
         (
             "browser",
             "no Chromium: apt-get install chromium, or put a chromium or google-chrome on the PATH",

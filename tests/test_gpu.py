@@ -1,9 +1,12 @@
-"""On a CUDA device: nothing waits for it between two logs, and memory does not creep."""
+"""On CUDA devices: nothing waits for them between two logs, and every engine records what one process does."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from test_processes import TESTS, assert_same_record, start
 from worlds import D_SAE, HOOK_POINT, make_dictionary, make_model, make_tokenizer
 
 from trl_sae_audit.channel import Channel
@@ -46,3 +49,26 @@ def test_no_synchronisation_between_logs() -> None:
             torch.cuda.set_sync_debug_mode("default")
     channel.tap.remove()
     assert len(channel.buffer) == 3
+
+
+@pytest.mark.newest
+@pytest.mark.processes
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "engine",
+    ["gpus", "fsdp2", *(pytest.param(name, marks=pytest.mark.deepspeed) for name in ("zero2", "zero3"))],
+)
+def test_engines_record_what_one_process_does(tmp_path: Path, engine: str) -> None:
+    worker, launch = str(TESTS / "process_worker.py"), ("-m", "accelerate.commands.launch")
+    configuration = TESTS.parent / "configs" / "accelerate" / f"{engine}.yaml"
+    start(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        worker,
+        str(tmp_path / "one"),
+        "dpo",
+    )
+    start(*launch, "--config_file", str(configuration), worker, str(tmp_path / "two"), "dpo")
+    assert_same_record(tmp_path / "two" / "dpo", tmp_path / "one" / "dpo", tolerance=1e-4)

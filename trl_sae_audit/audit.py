@@ -95,6 +95,11 @@ def audit_preferences(
     ```
     """
     settings = _settings(batch_size, part_size, activations, on_bad_row, seed)
+    if lookahead is not None and PartialState().num_processes > 1:
+        raise AuditError(
+            "The lookahead runs in one process. Leave it out of this run, which the processes share; then run the same audit "
+            "in one process with it: what is there already is not computed again."
+        )
     if objective == "policy_gradient":
         if reward is None:
             raise AuditError(
@@ -119,10 +124,6 @@ def audit_preferences(
                 f"{name}= is for a lookahead; pass lookahead= with held-out pairs, or leave it out."
             )
     if lookahead is not None:
-        if PartialState().num_processes > 1:
-            raise AuditError(
-                "The lookahead runs in one process; run the audit again in one: its parts are kept."
-            )
         rule = _update_rule(optimizer, model, loss.trainer.args)
         run.look_ahead(audit, dataset, lookahead, rule, sampling, rehearse_steps, tokenizer)
     return audit

@@ -29,7 +29,7 @@ from .errors import AuditError
 from .lookahead import Lookahead
 from .objectives import Loss, TokenizedExample
 from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
-from .preflight import check_dictionary, model_name
+from .preflight import check_dictionary, check_whole, model_name
 from .rehearsal import Rehearsal
 from .rewards import AnswerCheck, answer_ids
 from .sampling import Sampling, answer_batches, sample_ids
@@ -67,6 +67,7 @@ class AuditRun:
         progress: bool,
         pass_type: type[AuditPass] = AuditPass,
     ) -> None:
+        check_whole(model)
         point = check_dictionary(dictionary, model)
         device = next(point.decoder.parameters()).device
         self.dictionary = dictionary.to(device)

@@ -13,7 +13,7 @@ from . import scores as formulas
 from .dictionary import FeatureDictionary
 from .health import Health, HealthTotals
 from .hook_points import HookPoint
-from .step_buffer import Reduce, StepBuffer, StepScores, score_steps
+from .step_buffer import StepBuffer, StepScores, StepSums, pack, unpack
 from .tap import GradientTap
 from .totals import FeatureTotals
 
@@ -116,6 +116,7 @@ class Channel:
         self.watch = watch
         self.totals = totals or FeatureTotals(dictionary.d_sae)
         self.buffer = StepBuffer()
+        self._packed: list[StepSums] = []
         self.window = Window.empty(dictionary.d_sae)
         self.watched = torch.tensor(list(watch.values()), dtype=torch.long, device=dictionary.device)
         self.sample = TokenSample(health_tokens) if health_tokens and dictionary.encoder else None
@@ -131,16 +132,21 @@ class Channel:
         if rows is not None:
             self.buffer.add(rows, sides, paired=paired, tokens=self._tokens.take() if self._tokens else None)
 
-    def project(self, steps: Columns, reduce: Reduce, *, keep_examples: bool) -> dict[str, list[Columns]]:
-        """Score the buffered steps; update totals and window; give the rows of the record, by table.
+    def pack(self) -> Tensor:
+        """Take the buffered steps: what is to be summed over the processes, one row a step."""
+        self._packed = self.buffer.take()
+        return pack(self._packed, self.dictionary, token_scores=self._tokens is not None)
+
+    def project(self, steps: Columns, packed: Tensor, *, keep_examples: bool) -> dict[str, list[Columns]]:
+        """Score the steps taken by `pack`; update totals and window; give the rows of the record, by table.
 
         Args:
-            steps: columns `step` and `global_step` of the buffered steps, arrays [S].
-            reduce: sum over processes; called the same number of times on every one.
+            steps: columns `step` and `global_step` of the steps, arrays [S].
+            packed: what `pack` gave, summed over the processes.
             keep_examples: also give a row per example and watched feature of this process.
         """
-        taken = self.buffer.take()
-        scores = score_steps(taken, self.dictionary, reduce)
+        taken, self._packed = self._packed, []
+        scores = unpack(packed, self.dictionary, token_scores=self._tokens is not None)
         cosine = formulas.cosine(scores.attribution, scores.gradient)
         share = formulas.share(cosine)
         top = scores.attribution.nan_to_num().abs().topk(self._top_k, dim=1).indices

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .dictionary import FeatureDictionary
+from .scores import accumulator
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class HealthTotals:
 
     def reset(self) -> None:
         """Forget all tokens seen."""
-        device, wide = self.dictionary.device, _accumulator(self.dictionary.device)
+        device, wide = self.dictionary.device, accumulator(self.dictionary.device)
         self._tokens = torch.zeros((), dtype=wide, device=device)
         self._error = torch.zeros((), dtype=wide, device=device)
         self._square = torch.zeros((), dtype=wide, device=device)
@@ -138,7 +139,3 @@ def health(dictionary: FeatureDictionary, hidden: Tensor, weight: Tensor | None 
     totals = HealthTotals(dictionary)
     totals.update(hidden, weight)
     return totals.result()
-
-
-def _accumulator(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .dictionary import FeatureDictionary
+from .engines import is_sharded
 from .errors import AuditError
 from .hook_points import HookPoint, residual_width, resolve_hook_point
 from .probe import Probe
@@ -43,6 +44,17 @@ def check_dictionary(dictionary: FeatureDictionary, policy: nn.Module) -> HookPo
             trained,
         )
     return point
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises:
+    AuditError: if the model's parameters are spread over processes, so that it cannot be run by itself.
+    """
+    if is_sharded(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise AuditError(
+            f"The parameters of {type(model).__name__} are spread over the processes (FSDP or DeepSpeed ZeRO-3), so it cannot "
+            "be read outside its training. Load it before the training arguments are made, or read it in a run of its own."
+        )
 
 
 def model_name(model: nn.Module) -> str:

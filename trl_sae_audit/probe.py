@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .hook_points import HookPoint
-from .residual_stream import hidden_states
+from .residual_stream import Forward, hidden_states
 
 
 class Probe:
@@ -50,12 +50,18 @@ class Probe:
         )
 
     @torch.no_grad()
-    def mean_activations(self, point: HookPoint, dictionary: FeatureDictionary, features: Tensor) -> Tensor:
+    def mean_activations(
+        self,
+        point: HookPoint,
+        dictionary: FeatureDictionary,
+        features: Tensor,
+        forward: Forward | None = None,
+    ) -> Tensor:
         """Mean activation of `features` over the probe's tokens but the first of each row: [len(features)].
 
-        Runs the decoder in evaluation mode up to the hook point and leaves every module's mode as it was.
+        Runs the decoder in evaluation mode up to the hook point, or `forward`, and leaves every module's mode as it was.
         """
-        hidden = hidden_states(point, self.batch)
+        hidden = hidden_states(point, self.batch, forward)
         mask = self.batch["attention_mask"].to(hidden.device).bool()
         tokens = hidden[mask & (mask.cumsum(1) > 1)]
         parts = tokens.split(dictionary.tokens_at_once)

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .hook_points import HookPoint
 
+Forward = Callable[[Mapping[str, Tensor]], object]
+"""Runs a model on a tokenized batch."""
+
 _SORTED_TOGETHER = 16  # batches whose windows are sorted by length, so that little is padding
 
 
@@ -85,13 +88,17 @@ class _Reached(Exception):  # noqa: N818, not an error
     """The forward pass has come to the hook point; what lies above is not needed."""
 
 
-def stopped_at(point: HookPoint, forward: Callable[[], object]) -> Tensor:
-    """What the hook point puts out when `forward` runs its decoder; the pass ends there, and keeps its graph if it has one."""
+def stopped_at(point: HookPoint, forward: Callable[[], object], *, stop: bool = True) -> Tensor:
+    """What the hook point puts out when `forward` runs its decoder; the pass ends there, and keeps its graph if it has one.
+
+    With stop=False it runs to its end, as engines need it whose processes exchange parameters on the way.
+    """
     captured: list[Tensor] = []
 
     def capture(module: nn.Module, args: Any, output: Any) -> None:
         captured.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
+        if stop:
+            raise _Reached
 
     handle = point.module.register_forward_hook(capture)
     try:
@@ -103,13 +110,17 @@ def stopped_at(point: HookPoint, forward: Callable[[], object]) -> Tensor:
 
 
 @torch.no_grad()
-def hidden_states(point: HookPoint, batch: Mapping[str, Tensor]) -> Tensor:
+def hidden_states(point: HookPoint, batch: Mapping[str, Tensor], forward: Forward | None = None) -> Tensor:
     """Hidden states [rows, tokens, d_model] at the hook point, in evaluation mode; nothing above it is computed.
 
     Args:
         point: where to read; its decoder is run.
         batch: `input_ids` and `attention_mask`, [rows, tokens], on any device.
+        forward: runs the whole model instead, see `engines.whole_forward`.
     """
+    if forward is not None:
+        with evaluation_mode(point.decoder):
+            return stopped_at(point, lambda: forward(batch), stop=False)
     device = next(point.decoder.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
     with evaluation_mode(point.decoder):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .pooling import POOLINGS, pooled
-from .preflight import check_dictionary
+from .preflight import check_dictionary, check_whole
 from .residual_stream import hidden_states
 from .tokenized import Ids, Text, check_tokenizer, tokenized
 
@@ -85,6 +87,7 @@ class FeatureScorer:
         self.batch_size = batch_size
         self.max_length = max_length
         self.cache_size = cache_size
+        check_whole(model)
         self.point = check_dictionary(dictionary, model)
         self.calibration_size = 0
         self.mean: Tensor | None = None
@@ -176,18 +179,22 @@ class FeatureScorer:
 
     # Calibration
 
-    def calibrate(self, texts: Iterable[str | tuple[Text, Text]]) -> FeatureScorer:
+    def calibrate(self, texts: Iterable[str | tuple[Text, Text]], *, shared: bool = False) -> FeatureScorer:
         """Make scores z-scores: mean and standard deviation of every feature over reference responses.
 
         Args:
             texts: (prompt, response) pairs, or responses alone. Take them from the reference model (or the
                 data it was trained on): z = 0 is then what that model does, and the target of AdaptivePenalty.
+            shared: all processes of the run call this at once, with the same texts; each reads a part of them, and all get the
+                calibration of the whole. By default every process reads all of them.
 
         Raises:
             AuditError: fewer than two responses with tokens to score.
         """
         pairs = [(None, text) if isinstance(text, str) else text for text in texts]
         rows = self.tokenize([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        if shared:
+            rows = rows[PartialState().process_index :: PartialState().num_processes]
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         total = torch.zeros(self.dictionary.d_sae, dtype=torch.float64)
         squares = torch.zeros_like(total)
@@ -203,6 +210,8 @@ class FeatureScorer:
             n += len(pooled)
             total += (pooled - shift).sum(0)
             squares += (pooled - shift).square().sum(0)
+        if shared and PartialState().num_processes > 1:
+            n, shift, total, squares = _of_all_processes(n, shift, total, squares)
         if n < 2 or shift is None:
             raise AuditError(
                 f"{n} calibration response(s) have tokens to score; give at least two, better some hundred."
@@ -310,6 +319,18 @@ class FeatureScorer:
         self._cache[key] = values
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
+
+
+def _of_all_processes(
+    n: int, shift: Tensor | None, total: Tensor, squares: Tensor
+) -> tuple[int, Tensor, Tensor, Tensor]:
+    """The same over all processes: number, mean, sum about it (0), and squares about it, by `step_buffer.pack`'s formula."""
+    own = total if shift is None else shift * n + total
+    moments = squares - total.square() / max(n, 1) + own.square() / max(n, 1)
+    packed = torch.cat([torch.tensor([n], dtype=own.dtype), own, moments])
+    packed = reduce(packed.to(PartialState().device), "sum").cpu()
+    n, (own, moments) = int(packed[0]), packed[1:].chunk(2)
+    return n, own / max(n, 1), torch.zeros_like(own), moments - own.square() / max(n, 1)
 
 
 def _key(row: tuple[Ids, Ids], features: Sequence[int]) -> bytes:

@@ -54,6 +54,11 @@ def variance_of_sum(squared_deviations: Tensor, count: Tensor) -> Tensor:
     return torch.where(n > 1, squared_deviations * n / (n - 1), torch.nan)
 
 
+def accumulator(device: torch.device) -> torch.dtype:
+    """The widest float type there is on the device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def coverage(gradient: Tensor, directions: Tensor) -> Tensor:
     """Part of ‖G‖² inside the span of some directions; k random ones would hold k / d_model of it.
 

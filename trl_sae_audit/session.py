@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from . import metrics, reporters
 from .channel import Channel, Columns
 from .checkpoint import CallbackState
 from .dictionary import FeatureDictionary
+from .engines import check_engine, check_probe, gradient_divisor, whole_forward
 from .errors import AuditError
 from .hook_points import HookPoint
 from .preflight import as_probe, check_dictionary, model_name, resolve_watch
@@ -31,7 +32,7 @@ from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
 logger = logging.getLogger(__name__)
 
 _MOST_BUFFERED_STEPS = 64
-_MOST_BUFFERED_SCORES = 2**24  # of one kind, in float32 64 MiB
+_MOST_BUFFERED_SCORES = 2**22  # of one kind; of the four kinds in float64 128 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Session:
         self._baselines: dict[str, Tensor] = {}
         self._drift: dict[str, float] = {}
         self._last_write = time.monotonic()
+        self._divisor: float | None = None
         self._warned_of_missing_gradient = False
+        check_engine(trainer)
         policy = policy_of(trainer)
         self.layout = LAYOUTS[trainer_kind(trainer)]
         points = [check_dictionary(dictionary, policy) for dictionary in settings.dictionaries]
@@ -83,6 +86,8 @@ class Session:
         widest = max(dictionary.d_sae for dictionary in settings.dictionaries)
         self._buffered_steps = min(_MOST_BUFFERED_STEPS, max(1, _MOST_BUFFERED_SCORES // widest))
         self._probe = as_probe(settings.probe, trainer)
+        if self._probe is not None:
+            check_probe(trainer.accelerator)
         output_dir = settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
         state = self._load_state(output_dir)
         if state:
@@ -97,7 +102,7 @@ class Session:
             for dictionary, point in zip(settings.dictionaries, points, strict=True):
                 self.channels.append(
                     Channel(
-                        dictionary.to(next(point.decoder.parameters()).device),
+                        dictionary.to(trainer.accelerator.device),
                         point,
                         watch[dictionary.name],
                         top_k=settings.top_k,
@@ -116,6 +121,8 @@ class Session:
     # What the trainer reports
 
     def begin_microbatch(self) -> None:
+        if self._divisor is None:
+            self._divisor = gradient_divisor(self.trainer.accelerator)
         for channel in self.channels:
             channel.tap.open()
 
@@ -129,9 +136,7 @@ class Session:
         Raises:
             AuditError: if none arrived at the very first step.
         """
-        scaler = self.trainer.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        divisor = self.trainer.accelerator.num_processes * scale
+        divisor, self._divisor = self._divisor or 1.0, None
         for channel in self.channels:
             if not channel.buffer.has_gradient:
                 self._report_missing_gradient(channel)
@@ -239,26 +244,33 @@ class Session:
             "step": np.arange(self.step - len(global_steps) + 1, self.step + 1),
             "global_step": np.array(global_steps),
         }
-        for channel in self.channels:
-            tables = channel.project(columns, self._sum_over_processes, keep_examples=self.settings.examples)
+        examples: list[Columns] = []
+        for channel, packed in zip(self.channels, self._summed_over_processes(), strict=True):
+            tables = channel.project(columns, packed, keep_examples=self.settings.examples)
+            examples += tables.pop("examples", [])
             for table, parts in tables.items():
                 self._append(table, parts)
+        if self.settings.examples:
+            self._append("examples", self._of_all_processes(examples))
         self._projected_step = self.step
 
     def _append(self, table: str, parts: list[Columns]) -> None:
-        if table == "examples":
-            process = self.trainer.accelerator.process_index
-            parts = [part | {"process": np.full(len(part["step"]), process)} for part in parts]
-            if self.trainer.accelerator.num_processes > 1:
-                parts = gather_object(parts)
         if self._writer is not None:
             for part in parts:
                 self._writer.append(table, part)
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+    def _summed_over_processes(self) -> Sequence[Tensor]:
+        """What every channel is to project, by one sum over the processes."""
+        packed = [channel.pack() for channel in self.channels]
         if self.trainer.accelerator.num_processes == 1:
-            return tensor
-        return self.trainer.accelerator.reduce(tensor, "sum")
+            return packed
+        widths = [part.shape[1] for part in packed]
+        return self.trainer.accelerator.reduce(torch.cat(packed, dim=1), "sum").split(widths, dim=1)
+
+    def _of_all_processes(self, parts: list[Columns]) -> list[Columns]:
+        process = self.trainer.accelerator.process_index
+        parts = [part | {"process": np.full(len(part["step"]), process)} for part in parts]
+        return parts if self.trainer.accelerator.num_processes == 1 else gather_object(parts)
 
     def _record_log(self, logs: Mapping[str, Any]) -> None:
         """The trainer's own numbers, so that the record shows reward, penalty and loss beside the features."""
@@ -290,12 +302,13 @@ class Session:
     def _measure_drift(self) -> None:
         if self._probe is None:
             return
+        forward = whole_forward(self.trainer)
         for channel in self.channels:
             if not channel.watch:
                 continue
             name = channel.dictionary.name
             activation = self._probe.mean_activations(
-                channel.point, channel.dictionary, channel.watched
+                channel.point, channel.dictionary, channel.watched, forward
             ).cpu()
             drift = activation - self._baselines.setdefault(name, activation)
             for index, label in enumerate(channel.watch):

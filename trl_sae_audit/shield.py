@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .dictionary import FeatureDictionary
+from .engines import check_engine, gradient_divisor
 from .errors import AuditError
 from .flags import Flag, FlagSet
 from .preflight import check_dictionary
@@ -136,13 +137,14 @@ class _Run:
     def __init__(self, shield: FeatureShieldCallback, trainer: Trainer) -> None:
         self.shield = shield
         self.trainer = trainer
-        policy = policy_of(trainer)
-        self.point = check_dictionary(shield.dictionary, policy)
-        device = next(self.point.decoder.parameters()).device
+        check_engine(trainer)
+        self.point = check_dictionary(shield.dictionary, policy_of(trainer))
+        device = trainer.accelerator.device
         shield.dictionary = shield.dictionary.to(device)
         self._directions = shield.dictionary.rows([flag.feature for flag in shield.flags])
         self._names = distinct_names(shield.flags)
         self._seen = False
+        self._divisor: float | None = None
         self._step = torch.zeros(2, len(shield.flags), device=device)
         self._window = torch.zeros_like(self._step)
         self._steps = 0
@@ -171,6 +173,8 @@ class _Run:
 
     def begin_microbatch(self) -> None:
         """Every gradient counts, whichever micro-batch it is of."""
+        if self._divisor is None:
+            self._divisor = gradient_divisor(self.trainer.accelerator)
 
     def end_microbatch(self, sides: Tensor | None) -> None:
         """As above."""
@@ -184,9 +188,8 @@ class _Run:
                 f"No gradient passes {self.point.path!r}: nothing below it is trained, so there is nothing to shield. "
                 "Choose a dictionary of a layer above the lowest trainable parameters, or take the shield out."
             )
-        scaler = self.trainer.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        self._window += self._step / (self.trainer.accelerator.num_processes * scale)
+        self._window += self._step / (self._divisor or 1.0)
+        self._divisor = None
         self._step.zero_()
         self._steps += 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +9,7 @@ from torch import Tensor
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
-from .scores import TokenScores, variance_of_sum
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sum of a tensor over all processes."""
+from .scores import TokenScores, accumulator, variance_of_sum
 
 
 @dataclass
@@ -123,32 +119,49 @@ class StepBuffer:
         return steps
 
 
-def score_steps(steps: list[StepSums], dictionary: FeatureDictionary, reduce: Reduce) -> StepScores:
-    """Project S steps once: the only place where features and gradients meet."""
-    d_model = dictionary.d_model
-    packed = torch.stack([torch.cat([step.sums.flatten(), step.counts]) for step in steps])
-    packed = reduce(packed.to(dictionary.device, torch.float32))
-    sums, counts = packed[:, : 3 * d_model].reshape(-1, 3, d_model), packed[:, 3 * d_model :]
-    means = sums[:, 0] / counts[:, :1]
-    centred = [step.examples.to(mean) - mean for step, mean in zip(steps, means, strict=True)]
-    projected, deviations = _project(-sums.reshape(-1, d_model), centred, dictionary)
-    projected, deviations = projected.reshape(len(steps), 3, -1), reduce(deviations)
+def pack(steps: list[StepSums], dictionary: FeatureDictionary, *, token_scores: bool) -> Tensor:
+    """Project S steps once, the only place where features and gradients meet: what is to be summed over the processes.
+
+    One row a step, [S, width], of the same width on every process, whatever rows it had: G, the counts, and for every
+    feature the sum s = Σc_i of this process's n contributions, those of each side, and Σ(c_i − s/n)² + s²/n. With the
+    totals S and N of all processes the squared deviations are then Σ(…) − S²/N (Chan, Golub and LeVeque 1979), so that one
+    sum over the processes is enough; in float64, which can bear the difference.
+    """
+    wide = accumulator(dictionary.device)
+    sums = torch.stack([step.sums for step in steps]).to(dictionary.device, torch.float32)
+    counts = torch.stack([step.counts for step in steps]).to(sums)
+    centred = [_centred(step.examples.to(sums)) for step in steps]
+    projected, within = _project(-sums.flatten(0, 1), centred, dictionary)
+    contributions, *sides = projected.to(wide).reshape(len(steps), 3, -1).unbind(1)
+    parts = [sums[:, 0], counts, contributions, *sides, within + _squared_over(contributions, counts)]
+    if token_scores:
+        tokens = [step.tokens or TokenScores.zero(dictionary) for step in steps]
+        parts += [
+            torch.stack([one.projected_squares for one in tokens]),
+            torch.stack([one.activation_attribution for one in tokens]),
+            torch.stack([one.gradient_squares for one in tokens])[:, None],
+        ]
+    return torch.cat([part.to(wide) for part in parts], dim=1)
+
+
+def unpack(packed: Tensor, dictionary: FeatureDictionary, *, token_scores: bool) -> StepScores:
+    """Scores of the S steps whose packed parts have been summed over the processes."""
+    features = [dictionary.d_sae] * 4
+    widths = [dictionary.d_model, 3, *features, *([*features[:2], 1] if token_scores else [])]
+    gradient, counts, contributions, positive, negative, moments, *tokens = packed.split(widths, dim=1)
+    deviations = (moments - _squared_over(contributions, counts)).clamp_min(0)
     scores = StepScores(
-        gradient=sums[:, 0],
-        attribution=projected[:, 0],
-        positive=projected[:, 1],
-        negative=projected[:, 2],
-        variance=variance_of_sum(deviations, counts[:, 0]),
-        counts=counts,
+        gradient=gradient.float(),
+        attribution=contributions.float(),
+        positive=positive.float(),
+        negative=negative.float(),
+        variance=variance_of_sum(deviations.float(), counts[:, 0]),
+        counts=counts.float(),
     )
-    tokens = [step.tokens for step in steps if step.tokens is not None]
     if tokens:
-        squared = reduce(torch.stack([token.projected_squares for token in tokens]))
-        norm = reduce(torch.stack([token.gradient_squares for token in tokens]))[:, None]
+        squared, activation_attribution, norm = (part.float() for part in tokens)
         scores.token_share = torch.where(norm > 0, squared / norm, 0.0)
-        scores.activation_attribution = reduce(
-            torch.stack([token.activation_attribution for token in tokens])
-        )
+        scores.activation_attribution = activation_attribution
     return scores
 
 
@@ -164,6 +177,16 @@ def _project(vectors: Tensor, groups: list[Tensor], dictionary: FeatureDictionar
         for index, group in enumerate(groups):
             squares[index, block.features] = block.project(group).square_().sum(0)
     return products, squares
+
+
+def _centred(examples: Tensor) -> Tensor:
+    """Each example's G less their mean: [n, d_model]."""
+    return examples - examples.mean(0) if len(examples) else examples
+
+
+def _squared_over(contributions: Tensor, counts: Tensor) -> Tensor:
+    """s²/n of every step and feature, 0 where nothing contributed: [S, d_sae], counts [S, 3]."""
+    return contributions.square() / counts[:, :1].clamp_min(1).to(contributions)
 
 
 def _add_tokens(parts: list[TokenScores], divisor: float) -> TokenScores:
