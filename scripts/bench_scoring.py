@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def main() -> None:
         build = shaped_runs.ppo_trainer
     watch = Stopwatch(shaped.shaper)
     with tempfile.TemporaryDirectory() as directory:
-        trainer = build(setting, shaped, directory, steps=options.steps)
+        training = replace(shaped_runs.TRAINING[options.trainer, "fast"], steps=options.steps)
+        trainer = build(setting, shaped, directory, training)
         trainer.add_callback(watch)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
@@ -104,7 +106,7 @@ def main() -> None:
         )
     console = Console()
     console.print(
-        f"{options.trainer.upper()}, {len(watch.steps)} steps of {shaped_runs.TRAINING[options.trainer].batch_size} "
+        f"{options.trainer.upper()}, {len(watch.steps)} steps of {training.batch_size} "
         f"responses, {len(flags)} flags"
     )
     console.print(table)

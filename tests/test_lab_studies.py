@@ -144,3 +144,14 @@ def test_the_table_over_training(studies):
     line = prediction.over_training(pd.DataFrame(rows)).iloc[0]
     assert line["reading, 40 steps"] == "0.20"
     assert line["writing, 160 steps"] == "0.90"
+
+
+def test_a_pace_has_cells_of_its_own_and_leaves_the_fast_ones_as_they_were(studies, monkeypatch):
+    import stability
+
+    (fast,), (slow,) = (stability.cells("grpo", pace, [0], ["plain"], ()) for pace in ("fast", "slow"))
+    assert "pace" not in fast
+    assert slow == {**fast, "pace": "slow"}
+    assert {("grpo", "slow"), ("ppo", "slow")} <= set(stability.TRAINING)
+    for name in ("stability", "shaped_runs"):
+        del sys.modules[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .pooling import POOLINGS, pooled
 from .preflight import check_dictionary, check_whole
-from .residual_stream import hidden_states
+from .response_states import ResponseReader, Row
 from .tokenized import Ids, Text, check_tokenizer, tokenized
 
 _UNVARYING = 1e-5  # of the mean: rounding, not a difference between texts
@@ -84,8 +84,6 @@ class FeatureScorer:
         self.tokenizer = tokenizer
         self.dictionary = dictionary
         self.pooling = pooling
-        self.batch_size = batch_size
-        self.max_length = max_length
         self.cache_size = cache_size
         check_whole(model)
         self.point = check_dictionary(dictionary, model)
@@ -93,6 +91,7 @@ class FeatureScorer:
         self.mean: Tensor | None = None
         self.deviation: Tensor | None = None
         self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+        self._reader = ResponseReader(self.point, batch_size, max_length)
         self._cache: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()
         check_tokenizer(tokenizer, self.point.decoder)
 
@@ -144,15 +143,13 @@ class FeatureScorer:
         keys = [_key(row, features) for row in rows]
         known = {key: self._recall(key) for key in keys}
         missing = list({key: row for key, row in zip(keys, rows, strict=True) if known[key] is None}.items())
-        missing.sort(key=lambda item: len(item[1][0]) + len(item[1][1]))
-        for start in range(0, len(missing), self.batch_size):
-            part = missing[start : start + self.batch_size]
-            pooled = self._read([row for _, row in part], torch.tensor(list(features)))
-            for (key, _), values in zip(part, pooled.tolist(), strict=True):
+        for part, raw in self._read([row for _, row in missing], torch.tensor(list(features))):
+            for index, values in zip(part, raw.tolist(), strict=True):
+                key = missing[index][0]
                 known[key] = tuple(values)
                 self._remember(key, tuple(values))
-        raw = torch.tensor([known[key] for key in keys], dtype=torch.float32)
-        return self.standardise(raw.reshape(len(rows), len(features)), features)
+        scores = torch.tensor([known[key] for key in keys], dtype=torch.float32)
+        return self.standardise(scores.reshape(len(rows), len(features)), features)
 
     def pool(self, hidden: Tensor, counted: Tensor, features: Tensor | None = None) -> Tensor:
         """Raw scores from hidden states that someone else has computed; see `pooling.pooled`."""
@@ -195,21 +192,19 @@ class FeatureScorer:
         rows = self.tokenize([prompt for prompt, _ in pairs], [response for _, response in pairs])
         if shared:
             rows = rows[PartialState().process_index :: PartialState().num_processes]
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         total = torch.zeros(self.dictionary.d_sae, dtype=torch.float64)
         squares = torch.zeros_like(total)
         n = 0
         shift: Tensor | None = None
-        for start in range(0, len(rows), self.batch_size):
-            pooled = self._read(rows[start : start + self.batch_size], None).double()
-            pooled = pooled[~pooled.isnan().any(1)]
-            if not len(pooled):
+        for _, raw in self._read(rows, None):
+            scores = raw[~raw.isnan().any(1)].double()
+            if not len(scores):
                 continue
             if shift is None:
-                shift = pooled[0]
-            n += len(pooled)
-            total += (pooled - shift).sum(0)
-            squares += (pooled - shift).square().sum(0)
+                shift = scores[0]
+            n += len(scores)
+            total += (scores - shift).sum(0)
+            squares += (scores - shift).square().sum(0)
         if shared and PartialState().num_processes > 1:
             n, shift, total, squares = _of_all_processes(n, shift, total, squares)
         if n < 2 or shift is None:
@@ -285,22 +280,11 @@ class FeatureScorer:
         """
         return tokenized(self.tokenizer, prompts, responses)
 
-    # The forward pass
-
-    @torch.no_grad()
-    def _read(self, rows: Sequence[tuple[Ids, Ids]], features: Tensor | None) -> Tensor:
-        """Raw scores [rows, features] on the CPU, NaN in a row with nothing to score."""
-        cut = [(prompt + response)[-self.max_length :] or (0,) for prompt, response in rows]
-        longest = max(map(len, cut))
-        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in cut])
-        lengths = torch.tensor([len(tokens) for tokens in cut])[:, None]
-        responses = torch.tensor([len(response) for _, response in rows])[:, None]
-        place = torch.arange(longest)
-        attended = (place < lengths).long()
-        counted = (place >= (lengths - responses).clamp_min(1)) & (place < lengths)
-        counted &= ~torch.isin(ids, self._special)
-        hidden = hidden_states(self.point, {"input_ids": ids, "attention_mask": attended})
-        return self.pool(hidden, counted.to(hidden.device), features).cpu()
+    def _read(self, rows: Sequence[Row], features: Tensor | None) -> Iterator[tuple[list[int], Tensor]]:
+        """Which rows, and their raw scores [rows, features] on the CPU, NaN in a row with nothing to score."""
+        for reading in self._reader.read(rows):
+            counted = reading.of_response & ~torch.isin(reading.ids, self._special)
+            yield reading.rows, self.pool(reading.hidden, counted.to(reading.hidden.device), features).cpu()
 
     def _check_features(self, features: Sequence[int]) -> None:
         for feature in features:

@@ -2,6 +2,7 @@
 
     python scripts/studies/stability.py --task grpo      # the newest TRL
     python scripts/studies/stability.py --task ppo       # TRL 1.12, in the PPO environment
+    python scripts/studies/stability.py --task grpo --pace slow --methods reference plain adaptive
 
 In the lab a policy is trained on a reward that pays 1 for a right answer and 1 for agreeing with the user in words. Flagged are
 the features that carry agreement. Compared are a fixed coefficient, the same clipped, and AdaptivePenalty as it comes.
@@ -26,12 +27,17 @@ TOLERANCE = 0.1
 
 
 def cells(
-    task: str, seeds: Iterable[int], methods: Iterable[str], coefficients: Iterable[float]
+    task: str, pace: str, seeds: Iterable[int], methods: Iterable[str], coefficients: Iterable[float]
 ) -> list[Cell]:
     """Every setting on every seed, one setting after the other."""
 
     def cell(seed: int, **settings: Any) -> Cell:
-        base = {"lambda": None, "pooling": "max", "flags": "truth"}
+        base = {
+            "lambda": None,
+            "pooling": "max",
+            "flags": "truth",
+            **({} if pace == "fast" else {"pace": pace}),
+        }
         return {"task": task, "seed": seed, **base, **settings}
 
     settings: dict[str, list[dict[str, Any]]] = {
@@ -95,7 +101,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def figures(task: str, frame: pd.DataFrame) -> str:
+def figures(stem: str, frame: pd.DataFrame) -> str:
     figure, (left, middle, right) = new_figure(3, width=4.4)
     of = {name: frame[frame["method"] == name] for name in frame["method"].unique()}
     adaptive = of["adaptive"][(of["adaptive"]["pooling"] == "max") & (of["adaptive"]["flags"] == "truth")]
@@ -112,7 +118,10 @@ def figures(task: str, frame: pd.DataFrame) -> str:
         ):
             axes.axhline(runs[column].mean(), color=colour, label=text)
             axes.axhspan(runs[column].min(), runs[column].max(), color=colour, alpha=0.12, lw=0)
-        axes.set(xscale="log", xlabel="λ of the fixed coefficient")
+        if {"fixed", "clipped"} & set(of):
+            axes.set(xscale="log", xlabel="λ of the fixed coefficient")
+        else:
+            axes.set(xticks=[])
     left.axhspan(target * (1 - TOLERANCE), target * (1 + TOLERANCE), fill=False, hatch="///", ec="0.6", lw=0)
     left.set(
         ylabel="share of answers that agree", title="flagged behaviour, by rule (hatched: target ± 10 %)"
@@ -131,17 +140,15 @@ def figures(task: str, frame: pd.DataFrame) -> str:
     right.set(xlabel="mean score of the flagged features", ylabel="share of answers that agree")
     right.set_title("does it hide? (above the cloud: yes)")
     right.legend(fontsize=7)
-    return save_figure(
-        figure, f"stability-{task}", "Behaviour, true reward and feature score against the coefficient"
-    )
+    return save_figure(figure, stem, "Behaviour, true reward and feature score against the coefficient")
 
 
-def report(task: str, frame: pd.DataFrame) -> None:
+def report(name: str, task: str, pace: str, frame: pd.DataFrame) -> None:
     frame = with_comparisons(frame)
-    training, plain = TRAINING[task], frame[frame["method"] == "plain"]
+    training, plain = TRAINING[task, pace], frame[frame["method"] == "plain"]
     write_report(
-        f"stability-{task}",
-        f"Stability of a shaped reward: {task.upper()}",
+        name,
+        f"Stability of a shaped reward: {task.upper()}" + ("" if pace == "fast" else f", {pace}"),
         [
             f"A tiny model of the lab, {training.steps} steps of {training.batch_size} answers, learning rate "
             f"{training.learning_rate:g} falling to 0. The reward is 1 for a right answer plus 1 for agreeing with the user in "
@@ -155,7 +162,7 @@ def report(task: str, frame: pd.DataFrame) -> None:
             markdown_table(summary(frame)),
             "A line of fewer seeds than the others, or a method that is missing, has not been run in full: the command goes on "
             "with it.",
-            figures(task, frame),
+            figures(name, frame),
         ],
     )
 
@@ -165,6 +172,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=["grpo", "ppo"], required=True)
+    parser.add_argument(
+        "--pace",
+        choices=["fast", "slow"],
+        default="fast",
+        help="a fifth of the learning rate, five times the steps",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="worlds 0, 1, …; each is also the run's seed")
     parser.add_argument("--answers", type=int, default=1000, help="held-out prompts measured on")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="leave some out")
@@ -173,13 +186,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    name = f"stability-{options.task}" + ("" if options.pace == "fast" else f"-{options.pace}")
     frame = run_cells(
-        f"stability-{options.task}",
-        cells(options.task, range(options.seeds), options.methods, options.coefficients),
+        name,
+        cells(options.task, options.pace, range(options.seeds), options.methods, options.coefficients),
         lambda cell: run_cell(cell, options.answers),
     )
     if {"reference", "plain", "adaptive"} <= set(options.methods):
-        report(options.task, frame.assign(answers=options.answers))
+        report(name, options.task, options.pace, frame.assign(answers=options.answers))
 
 
 if __name__ == "__main__":
