@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from test_processes import TESTS, assert_same_record, kept, start
 from trainers import BUILDERS
 
 from trl_sae_audit import AuditError
-from trl_sae_audit.engines import check_deepspeed, check_engine
+from trl_sae_audit.engines import check_deepspeed, check_engine, check_probe, gradient_divisor
 
 pytestmark = pytest.mark.newest
 
@@ -99,6 +100,30 @@ class TestRefusals:
     def test_options_of_deepspeed(self, config: dict[str, Any], words: str) -> None:
         with pytest.raises(AuditError, match=words):
             check_deepspeed(config)
+
+
+def deepspeed(stage: int, scale: float | None) -> Any:
+    """What is read of an accelerator on DeepSpeed, which need not be installed here."""
+    optimizer = SimpleNamespace(cur_scale=scale)
+    engine = SimpleNamespace(optimizer=optimizer, fp16_enabled=lambda: scale is not None)
+    return SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        num_processes=4,
+        scaler=None,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+        deepspeed_engine_wrapped=SimpleNamespace(engine=engine),
+    )
+
+
+def test_no_probe_under_zero_3() -> None:
+    check_probe(deepspeed(2, None))
+    with pytest.raises(AuditError, match="A probe cannot be used with DeepSpeed ZeRO-3"):
+        check_probe(deepspeed(3, None))
+
+
+def test_the_loss_scale_is_deepspeeds_own() -> None:
+    assert gradient_divisor(deepspeed(2, None)) == 4
+    assert gradient_divisor(deepspeed(2, 1024.0)) == 4096
 
 
 @pytest.mark.deepspeed
