@@ -4,9 +4,9 @@
     python scripts/bench_dictionary.py --features 1048576 --dtype bfloat16
     python scripts/bench_dictionary.py --features 1048576 --width 16 --trainer
 
-Every size is a process of its own, with a random JumpReLU SAE that it saves and loads. "own" is the largest memory of the process's own
-during a stage beyond what it had before; "mapped" are the pages of the SAE's file that were in memory at its end, which
-processes share and the system may drop; seconds are of the process's own processor time, since others may use the machine. With
+Every size is a process of its own, with a random JumpReLU SAE that it saves and loads. "own" is the memory of the process's
+own beyond what the imports took, at most during a stage and at its end; "mapped" are the pages of files that were in memory
+at its end, which processes share and the system may drop; seconds are processor time, since others may use the machine. With
 `--trainer` a tiny model is trained with TRL's DPO, with and without the callback.
 """
 
@@ -34,7 +34,7 @@ from torch import nn
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord, load_dictionary
 from trl_sae_audit.audit_pass import ExampleArrays, active_features
-from trl_sae_audit.audit_statistics import feature_statistics
+from trl_sae_audit.audit_statistics import Settings, feature_statistics
 from trl_sae_audit.audit_store import Part
 from trl_sae_audit.channel import Channel
 from trl_sae_audit.hook_points import HookPoint
@@ -56,26 +56,27 @@ class Stages:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._start = memory()["own"]
         self._peak = 0.0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             self._peak = max(self._peak, memory()["own"])
-            time.sleep(0.005)
+            time.sleep(0.002)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        before, started = memory(), time.process_time()
-        self._peak = before["own"]
+    def stage(self, name: str, times: int = 1) -> Iterator[None]:
+        started = time.process_time()
+        self._peak = memory()["own"]
         yield
-        seconds = time.process_time() - started
+        seconds = (time.process_time() - started) / times
         after = memory()
         self.rows.append(
             {
                 "stage": name,
-                "own": max(self._peak, after["own"]) - before["own"],
-                "kept": after["own"] - before["own"],
+                "own": max(self._peak, after["own"]) - self._start,
+                "kept": after["own"] - self._start,
                 "mapped": after["mapped"],
                 "seconds": seconds,
             }
@@ -120,36 +121,22 @@ def stages_of(features: int, width: int, options: argparse.Namespace, root: Path
     with stages.stage("load"):
         dictionary = load_dictionary(root / "sae", dtype=getattr(torch, options.dtype))
     module = nn.Identity()
-    with stages.stage("channel"):
-        channel = Channel(
-            dictionary,
-            HookPoint("model.layers.0", module, module),
-            {"one": 1},
-            top_k=20,
-            health_tokens=64,
-            token_scores=False,
-            totals=None,
-        )
+    point = HookPoint("model.layers.0", module, module)
+    settings = {"top_k": 20, "health_tokens": 64, "token_scores": False, "totals": None}
+    channel = Channel(dictionary, point, {"one": 1}, **settings)  # type: ignore[arg-type]
     header = {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
     writer = RecordWriter.create(root / "record", header)
-    for _ in range(7):  # 70 steps: the time bins are all in use
-        for _ in range(10):
-            channel.buffer.add(
-                torch.randn(EXAMPLES, width, generator=generator),
-                torch.ones(EXAMPLES),
-                paired=False,
-                tokens=None,
-            )
-            channel.buffer.finish_step(1.0)
-        first = channel.totals.steps + 1
-        steps = np.arange(first, first + 10)
-        with stages.stage("a log: ten steps projected, totals"):
-            tables = channel.project(
-                {"step": steps, "global_step": steps}, channel.pack(), keep_examples=False
-            )
+    with stages.stage(
+        "a log: ten steps projected, totals", times=7
+    ):  # 70 steps: the time bins are all in use
+        for last in range(10, 71, 10):
+            for _ in range(10):
+                rows = torch.randn(EXAMPLES, width, generator=generator)
+                channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False, tokens=None)
+                channel.buffer.finish_step(1.0)
+            steps = np.arange(last - 9, last + 1)
+            tables = channel.project({"step": steps, "global_step": steps}, lambda x: x, keep_examples=False)
             channel.take_window()
-    stages.rows[2:-1] = []
-    stages.rows[-1]["kept"] = 0.0
     for name, parts in tables.items():
         for part in parts:
             writer.append(name, part)
@@ -180,9 +167,8 @@ def stages_of(features: int, width: int, options: argparse.Namespace, root: Path
         effect=np.tile(found[3], 2 * PAIRS),
     )
     part = Part(np.arange(PAIRS), np.zeros((PAIRS, 32), np.uint8), [], arrays, {})
-    if options.statistics:
-        with stages.stage(f"audit: statistics of {PAIRS} pairs, 9,999 flips"):
-            feature_statistics(lambda: [part], dictionary, PAIRS)
+    with stages.stage(f"audit: statistics of {PAIRS} pairs, {options.flips:,} flips"):
+        feature_statistics(lambda: [part], dictionary, PAIRS, Settings(n_flips=options.flips))
     return [*stages.rows, {"stage": "totals on disk", "own": size / 2**20}]
 
 
@@ -254,9 +240,7 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="how to keep the SAE"
     )
     parser.add_argument("--trainer", action="store_true", help="train a tiny model instead")
-    parser.add_argument(
-        "--no-statistics", dest="statistics", action="store_false", help="leave out an audit's statistics"
-    )
+    parser.add_argument("--flips", type=int, default=9999, help="sign flips of an audit's statistics")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -275,7 +259,7 @@ def main() -> None:
     for features in options.features:
         with tempfile.TemporaryDirectory() as root:
             common = ["--features", str(features), "--width", str(options.width), "--directory", root]
-            common += ["--dtype", options.dtype, *([] if options.statistics else ["--no-statistics"])]
+            common += ["--dtype", options.dtype, "--flips", str(options.flips)]
             alone([*common, "--alone", "save"])
             rows = []
             for what in ("without", "with") if options.trainer else ("stages",):

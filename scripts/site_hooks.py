@@ -44,16 +44,17 @@ def command_line() -> str:
     parts = ["# Command line", f"```text\n{cli.top_level_help()}\n```"]
     for name in cli.COMMANDS:
         parts.append(f"## {name}\n\n```text\n{help_of(name)}\n```")
+    parts.append(f"## doctor --plan\n\n```text\n{help_of('doctor', '--plan')}\n```")
     return "\n\n".join(parts)
 
 
-def help_of(command: str) -> str:
+def help_of(*command: str) -> str:
     """What `trl-sae-audit COMMAND --help` prints in a terminal of 80 columns."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "80"
         try:
-            cli.main([command, "--help"])
+            cli.main([*command, "--help"])
         finally:
             del os.environ["COLUMNS"]
             if columns is not None:

@@ -17,6 +17,8 @@ from trl_sae_audit import AuditError, FeatureDictionary, load_dictionary
 from trl_sae_audit import dictionary as dictionary_module
 from trl_sae_audit import sae_encoder as encoder_module
 from trl_sae_audit.audit_pass import active_features
+from trl_sae_audit.channel import Channel
+from trl_sae_audit.hook_points import HookPoint
 from trl_sae_audit.scores import TokenScores
 from trl_sae_audit.step_buffer import StepBuffer, score_steps
 
@@ -207,6 +209,16 @@ def test_an_offloaded_dictionary_stays_where_it_is() -> None:
         assert dictionary.project(hidden_states(3)).shape == (3, FEATURES)
         assert dictionary.encode(hidden_states(3)).device.type == "meta"
         assert dictionary.rows([1, 2]).device.type == "meta"
+
+
+def test_token_scores_of_an_offloaded_dictionary_are_refused() -> None:
+    dictionary = load_dictionary(make_sae("jumprelu"), offload=True)
+    module = torch.nn.Identity()
+    point = HookPoint("model.layers.0", module, module)
+    settings = {"top_k": 3, "health_tokens": 0, "token_scores": True, "totals": None}
+    Channel(dictionary, point, {}, **settings)  # on the host nothing has to be sent
+    with pytest.raises(AuditError, match="an offloaded one would go to the GPU each time"):
+        Channel(dictionary.to("meta"), point, {}, **settings)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"offload": True}])

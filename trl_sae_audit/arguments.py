@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from .callback import FeatureAttributionCallback
 from .dictionary import FeatureDictionary
@@ -29,6 +32,18 @@ class AttributionArguments:
         default=None,
         metadata={
             "help": "Module whose output each dictionary reads, such as model.layers.9, if the SAE does not say."
+        },
+    )
+    dictionary_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the dictionaries in this type; by default as saved. Scores are computed in float32."
+        },
+    )
+    offload_dictionary: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the dictionaries in the host's memory; a GPU is sent 128 MiB of them at a time."
         },
     )
     watch: list[str] | None = field(
@@ -115,8 +130,10 @@ def load_dictionaries(arguments: AttributionArguments) -> list[FeatureDictionary
         sources = sources * len(ids)
     ids = _one_each("sae_id", ids, len(sources))
     hook_points = _one_each("hook_point", arguments.hook_point, len(sources))
+    dtype = None if arguments.dictionary_dtype is None else getattr(torch, arguments.dictionary_dtype)
+    offload = arguments.offload_dictionary
     return [
-        load_dictionary(source, sae_id, hook_point=hook_point)
+        load_dictionary(source, sae_id, hook_point=hook_point, dtype=dtype, offload=offload)
         for source, sae_id, hook_point in zip(sources, ids, hook_points, strict=True)
     ]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import scores as formulas
 from .dictionary import FeatureDictionary
+from .errors import AuditError
 from .health import Health, HealthTotals
 from .hook_points import HookPoint
 from .step_buffer import StepBuffer, StepScores, StepSums, pack, unpack
@@ -18,6 +19,11 @@ from .tap import GradientTap
 from .totals import FeatureTotals
 
 Columns = dict[str, Any]
+
+OFFLOADED_TOKENS = (
+    "Token scores read the whole dictionary for every few tokens, and an offloaded one would go to the GPU each time: leave "
+    "token_scores away, or do not offload."
+)
 
 
 class TokenSample:
@@ -111,6 +117,8 @@ class Channel:
         token_scores: bool,
         totals: FeatureTotals | None,
     ) -> None:
+        if token_scores and dictionary.decoder.device.type != dictionary.device.type:
+            raise AuditError(OFFLOADED_TOKENS)
         self.dictionary = dictionary
         self.point = point
         self.watch = watch

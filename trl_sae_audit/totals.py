@@ -28,6 +28,11 @@ _SCALARS = ("steps", "nonfinite_steps", "variance_steps", "curriculum.width", "c
 _AVERAGED_EXTRAS = ("token_share",)
 """Extras that are fractions of a step: `frame` shows their mean over steps; of any other extra, the sum."""
 
+BYTES_PER_FEATURE = 8 * len(_SUMS) + 4 * len(_COUNTS) + 4 * 64
+"""Memory of the totals with all 64 time bins in use, without extras."""
+
+BYTES_PER_EXTRA = 8
+
 _BLOCK = 16384
 """Features added at a time, so that their sums stay in the processor's cache while the steps go by."""
 

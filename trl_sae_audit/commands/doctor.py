@@ -15,7 +15,8 @@ from .arguments import ModelArguments, TextArguments, load_model, parse
 
 DESCRIPTION = (
     "Does this dictionary fit this model? Looks at the hook point, the width, the model it was made for, and at FVU, L0 "
-    "and dead features on given texts, and says which of TRL's trainers will work. Exit code 0: it fits; 1: it does not. "
+    "and dead features on given texts, and says which of TRL's trainers will work. Exit code 0: it fits; 1: it does not. With "
+    "--plan: what attribution would cost a run, without loading a model (doctor --plan --help). "
     "Example: trl-sae-audit doctor --model_name_or_path ./model --texts pairs.jsonl --sae ./sae"
 )
 _COLOURS = {"good": "green", "doubtful": "yellow", "bad": "red"}
@@ -52,6 +53,10 @@ class DoctorArguments:
 
 
 def main(argv: Sequence[str]) -> int:
+    if "--plan" in argv:
+        from . import plan
+
+        return plan.main([argument for argument in argv if argument != "--plan"])
     model_arguments, text_arguments, arguments, output = parse(
         "doctor", DESCRIPTION, (ModelArguments, TextArguments, DoctorArguments, OutputArguments), argv
     )
