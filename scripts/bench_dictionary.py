@@ -32,7 +32,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
-from trl_sae_audit import FeatureAttributionCallback, RunRecord, load_dictionary
+from trl_sae_audit import FeatureAttributionCallback, FeatureDictionary, RunRecord, load_dictionary
 from trl_sae_audit.audit_pass import ExampleArrays, active_features
 from trl_sae_audit.audit_statistics import Settings, feature_statistics
 from trl_sae_audit.audit_store import Part
@@ -116,42 +116,12 @@ def save_sae(directory: Path, features: int, width: int) -> None:
 
 
 def stages_of(features: int, width: int, options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    """Loading, ten optimizer steps and a log, a flush, the record read back; an answer and an audit."""
+    """Loading, training, an answer and the statistics of an audit."""
     stages, generator = Stages(), torch.Generator().manual_seed(1)
     with stages.stage("load"):
         dictionary = load_dictionary(root / "sae", dtype=getattr(torch, options.dtype))
-    module = nn.Identity()
-    point = HookPoint("model.layers.0", module, module)
-    settings = {"top_k": 20, "health_tokens": 64, "token_scores": False, "totals": None}
-    channel = Channel(dictionary, point, {"one": 1}, **settings)  # type: ignore[arg-type]
-    header = {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
-    writer = RecordWriter.create(root / "record", header)
-    with stages.stage(
-        "a log: ten steps projected, totals", times=7
-    ):  # 70 steps: the time bins are all in use
-        for last in range(10, 71, 10):
-            for _ in range(10):
-                rows = torch.randn(EXAMPLES, width, generator=generator)
-                channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False, tokens=None)
-                channel.buffer.finish_step(1.0)
-            steps = np.arange(last - 9, last + 1)
-            tables = channel.project({"step": steps, "global_step": steps}, lambda x: x, keep_examples=False)
-            channel.take_window()
-    for name, parts in tables.items():
-        for part in parts:
-            writer.append(name, part)
+    size = 0 if options.only_audit else training_stages(stages, dictionary, generator, root)
     hidden = torch.randn(TOKENS, width, generator=generator)
-    with stages.stage("a log: health on 64 tokens"):
-        assert channel.sample is not None
-        channel.sample(hidden[None, :64], hidden[None, :64], None)
-        channel.measure_health()
-    with stages.stage("a flush of the record"):
-        writer.flush(channel.totals.steps, {dictionary.name: channel.totals})
-    size = sum(path.stat().st_size for path in (root / "record").rglob("*.safetensors"))
-    writer.close("finished")
-    del channel, writer
-    with stages.stage("the record read: features()"):
-        RunRecord.load(root / "record").features()
     answer = torch.ones(TOKENS, dtype=torch.bool)
     with stages.stage(f"audit: an answer of {TOKENS} tokens"):
         found = active_features(dictionary, hidden, hidden, answer, answer)
@@ -170,6 +140,45 @@ def stages_of(features: int, width: int, options: argparse.Namespace, root: Path
     with stages.stage(f"audit: statistics of {PAIRS} pairs, {options.flips:,} flips"):
         feature_statistics(lambda: [part], dictionary, PAIRS, Settings(n_flips=options.flips))
     return [*stages.rows, {"stage": "totals on disk", "own": size / 2**20}]
+
+
+def training_stages(
+    stages: Stages, dictionary: FeatureDictionary, generator: torch.Generator, root: Path
+) -> int:
+    """What a training run does with a dictionary; the bytes of its totals on disk."""
+    module = nn.Identity()
+    point = HookPoint("model.layers.0", module, module)
+    settings = {"top_k": 20, "health_tokens": 64, "token_scores": False, "totals": None}
+    channel = Channel(dictionary, point, {"one": 1}, **settings)  # type: ignore[arg-type]
+    header = {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
+    writer = RecordWriter.create(root / "record", header)
+    with stages.stage(
+        "a log: ten steps projected, totals", times=7
+    ):  # 70 steps: the time bins are all in use
+        for last in range(10, 71, 10):
+            for _ in range(10):
+                rows = torch.randn(EXAMPLES, dictionary.d_model, generator=generator)
+                channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False, tokens=None)
+                channel.buffer.finish_step(1.0)
+            steps = np.arange(last - 9, last + 1)
+            tables = channel.project({"step": steps, "global_step": steps}, channel.pack(), keep_examples=False)
+            channel.take_window()
+    for name, parts in tables.items():
+        for part in parts:
+            writer.append(name, part)
+    with stages.stage("a log: health on 64 tokens"):
+        assert channel.sample is not None
+        hidden = torch.randn(1, 64, dictionary.d_model, generator=generator)
+        channel.sample(hidden, hidden, None)
+        channel.measure_health()
+    with stages.stage("a flush of the record"):
+        writer.flush(channel.totals.steps, {dictionary.name: channel.totals})
+    size = sum(path.stat().st_size for path in (root / "record").rglob("*.safetensors"))
+    writer.close("finished")
+    del channel, writer, tables
+    with stages.stage("the record read: features()"):
+        RunRecord.load(root / "record").features()
+    return size
 
 
 def trainer_of(features: int, width: int, with_callback: bool, root: Path) -> list[dict[str, Any]]:
@@ -241,6 +250,9 @@ def main() -> None:
     )
     parser.add_argument("--trainer", action="store_true", help="train a tiny model instead")
     parser.add_argument("--flips", type=int, default=9999, help="sign flips of an audit's statistics")
+    parser.add_argument(
+        "--only-audit", action="store_true", help="no training stages"
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -260,6 +272,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             common = ["--features", str(features), "--width", str(options.width), "--directory", root]
             common += ["--dtype", options.dtype, "--flips", str(options.flips)]
+            common += ["--only-audit"] * options.only_audit
             alone([*common, "--alone", "save"])
             rows = []
             for what in ("without", "with") if options.trainer else ("stages",):

@@ -209,7 +209,7 @@ def record_bytes(features: int, steps: int) -> tuple[float, float]:
                 channel.buffer.finish_step(1.0)
             numbers = np.arange(end - 49, end + 1)
             columns = {"step": numbers, "global_step": numbers}
-            for name, parts in channel.project(columns, lambda x: x, keep_examples=False).items():
+            for name, parts in channel.project(columns, channel.pack(), keep_examples=False).items():
                 for part in parts:
                     writer.append(name, part)
         writer.close("finished", steps, {"random": channel.totals})

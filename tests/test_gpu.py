@@ -9,6 +9,7 @@ import torch
 from test_processes import TESTS, assert_same_record, start
 from worlds import D_SAE, HOOK_POINT, make_dictionary, make_model, make_tokenizer
 
+from trl_sae_audit import FeatureDictionary
 from trl_sae_audit.channel import Channel
 from trl_sae_audit.hook_points import resolve_hook_point
 
@@ -72,3 +73,12 @@ def test_engines_record_what_one_process_does(tmp_path: Path, engine: str) -> No
     )
     start(*launch, "--config_file", str(configuration), worker, str(tmp_path / "two"), "dpo")
     assert_same_record(tmp_path / "two" / "dpo", tmp_path / "one" / "dpo", tolerance=1e-4)
+
+
+def test_an_offloaded_dictionary_gives_the_same_and_stays_where_it_is() -> None:
+    dictionary = make_dictionary()
+    offloaded = FeatureDictionary(dictionary.decoder, HOOK_POINT, "offloaded", offload=True).to("cuda")
+    assert offloaded.decoder.device.type == "cpu"
+    vectors = torch.randn(7, dictionary.d_model)
+    torch.testing.assert_close(offloaded.project(vectors), dictionary.to("cuda").project(vectors))
+    torch.testing.assert_close(offloaded.project(vectors).cpu(), dictionary.project(vectors))

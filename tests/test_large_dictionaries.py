@@ -20,7 +20,7 @@ from trl_sae_audit.audit_pass import active_features
 from trl_sae_audit.channel import Channel
 from trl_sae_audit.hook_points import HookPoint
 from trl_sae_audit.scores import TokenScores
-from trl_sae_audit.step_buffer import StepBuffer, score_steps
+from trl_sae_audit.step_buffer import StepBuffer, pack, unpack
 
 SLICED = [name for name in CONFIGS if name != "matching_pursuit"]
 VARIANTS = [(name, {}, torch.bfloat16) for name in SLICED]
@@ -59,7 +59,7 @@ def everything(dictionary: FeatureDictionary) -> dict[str, torch.Tensor]:
     """All that is computed with a dictionary in training and in an audit."""
     hidden, gradient = hidden_states(11), hidden_states(11).flip(0)
     answer = torch.tensor([False] * 4 + [True] * 7)
-    scores = score_steps(steps(), dictionary, lambda tensor: tensor)
+    scores = unpack(pack(steps(), dictionary, token_scores=False), dictionary, token_scores=False)
     tokens = TokenScores.zero(dictionary)
     tokens.add(gradient, hidden, dictionary)
     active = active_features(dictionary, hidden, gradient, answer, answer.roll(-1))

@@ -117,8 +117,10 @@ class FeatureStatistics:
         return pd.DataFrame(table | self._length_columns(total) | self._activity.columns(n))
 
     def _project(self, gradient: np.ndarray) -> np.ndarray:
-        vector = torch.from_numpy(-gradient)
-        return torch.cat([block.project(vector) for block in self.dictionary.blocks(_AT_ONCE)]).numpy()
+        vector, found = torch.from_numpy(-gradient), np.empty(self.dictionary.d_sae)
+        for block in self.dictionary.blocks(_AT_ONCE):
+            found[block.features] = block.project(vector).numpy()
+        return found
 
     def _reached(self, drawn: torch.Tensor, threshold: np.ndarray) -> np.ndarray:
         """How many of the drawn sums are at least `threshold` in size, by feature."""
