@@ -161,7 +161,9 @@ def training_stages(
                 channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False, tokens=None)
                 channel.buffer.finish_step(1.0)
             steps = np.arange(last - 9, last + 1)
-            tables = channel.project({"step": steps, "global_step": steps}, channel.pack(), keep_examples=False)
+            tables = channel.project(
+                {"step": steps, "global_step": steps}, channel.pack(), keep_examples=False
+            )
             channel.take_window()
     for name, parts in tables.items():
         for part in parts:
@@ -250,9 +252,7 @@ def main() -> None:
     )
     parser.add_argument("--trainer", action="store_true", help="train a tiny model instead")
     parser.add_argument("--flips", type=int, default=9999, help="sign flips of an audit's statistics")
-    parser.add_argument(
-        "--only-audit", action="store_true", help="no training stages"
-    )
+    parser.add_argument("--only-audit", action="store_true", help="no training stages")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

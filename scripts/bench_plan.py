@@ -40,7 +40,6 @@ from trl_sae_audit.hook_points import HookPoint
 from trl_sae_audit.model_shape import shape_of
 from trl_sae_audit.plan import DictionaryShape, Machine, Options, Plan, RunShape, plan, train_flops
 from trl_sae_audit.record_writer import RecordWriter
-from trl_sae_audit.totals import FeatureTotals
 
 WORDS, PROMPT, ANSWER = 500, 24, 23
 TOKENS = PROMPT + ANSWER + 1  # and the end of the answer
@@ -221,16 +220,19 @@ def record_bytes(features: int, steps: int) -> tuple[float, float]:
 
 
 def seconds_of_totals(features: int) -> float:
-    """Processor seconds of the running totals, a feature and a step."""
-    totals, rng = FeatureTotals(features), np.random.default_rng(0)
-    scores = {
-        name: rng.standard_normal((10, features), dtype=np.float32)
-        for name in ("attribution", "positive", "negative", "variance", "share")
-    }
-    totals.update(**scores)
-    started = time.process_time()
-    totals.update(**scores)
-    return (time.process_time() - started) / 10 / features
+    """Processor seconds of the running totals and the means since the last log, a feature and a step."""
+    rng, module = np.random.default_rng(0), nn.Identity()
+    dictionary = FeatureDictionary(torch.ones(features, 1), "model.layers.0", "ones")
+    settings = {"top_k": 20, "health_tokens": 0, "token_scores": False, "totals": None}
+    channel = Channel(dictionary, HookPoint("model.layers.0", module, module), {}, **settings)  # type: ignore[arg-type]
+    names = ("attribution", "positive", "negative", "variance", "share")
+    scores = {name: rng.standard_normal((4, features), dtype=np.float32) for name in names}
+    ones = np.ones(4)
+    for _ in range(3):  # the last counts
+        started = time.process_time()
+        channel.totals.update(**scores)
+        channel._update_window(scores, ones, ones, ones > 0)
+    return (time.process_time() - started) / 4 / features
 
 
 def peak_of(case: Case, *, with_callback: bool) -> float:

@@ -20,10 +20,13 @@ BLOCK = 128 * MIB
 TOKENS = 64 * MIB
 """Of activations [tokens, F] at a time; see `FeatureDictionary.tokens_at_once`."""
 
-HOST_SECONDS = 8e-8
+MOST_BUFFERED_SCORES = 2**22
+"""Features times steps projected at once."""
+
+HOST_SECONDS = 5e-8
 """A feature and an optimizer step: totals and window in numpy, one core. Measured; see docs/cost.md."""
 
-ROW_BYTES = 40
+ROW_BYTES = 36
 """A row of the record on disk: seven scores, which do not compress, are 28. Measured; see docs/cost.md."""
 
 
@@ -256,8 +259,8 @@ def extra_flops(
 
 
 def buffered_steps(features: int, logging_steps: int) -> int:
-    """S: steps are projected at a log, after 64, or as soon as one score of each is 64 MiB."""
-    return max(1, min(logging_steps, 64, 2**24 // features))
+    """S: steps are projected at a log, after 64, or after 4,194,304 / F."""
+    return max(1, min(logging_steps, 64, MOST_BUFFERED_SCORES // features))
 
 
 def dictionary_bytes(model: ModelShape, dictionary: DictionaryShape) -> float:
@@ -274,7 +277,8 @@ def device_memory(
     its matrices, `F·d` each.
     norms `4·F`. blocks: 128 MiB of rows where they are converted or sent, and as much of products `[max(3S, n), w]`.
     gradients between logs: `4·d·(3 + n)` a step, and a row's sum `4·d·R` while a step is under way.
-    scores at a log: nine of `[S, F]` (three sums, deviations, variance, cosine, share, two to rank by).
+    scores at a log: 80 bytes for each of `[S, F]`: four kinds in float64 and what they are made of, then the scores in float32; 64
+    more where they are added up over processes.
     activations, with health, probe or token scores: four of 64 MiB. token scores: `8·F` a buffered step and micro-batch.
     """
     F, d = dictionary.features, model.width
@@ -285,7 +289,7 @@ def device_memory(
         "norms": float(FLOAT * F),
         "blocks": float(FLOAT * width * (d * converted + max(3 * S, run.examples))),
         "gradients between logs": float(FLOAT * d * ((3 + run.examples) * S + run.rows)),
-        "scores at a log": float(9 * S * FLOAT * F),
+        "scores at a log": float((80 + 64 * (run.processes > 1)) * S * F),
     }
     if machine.accelerator and not dictionary.offload:
         memory["dictionary"] = dictionary_bytes(model, dictionary) * (1.5 if dictionary.encoder else 1.0)
@@ -315,16 +319,17 @@ def host_memory(
 
 
 def network_bytes(model: ModelShape, dictionary: DictionaryShape, options: Options) -> float:
-    """What the processes add up in a step: `4·(3·d + 3 + F)`, and `4·(2·F + 1)` more with token scores.
+    """What the processes add up in a step, in float64: `8·(d + 3 + 4·F)`, and `8·(2·F + 1)` more with token scores.
 
-    The step's sums with their counts, and the squared deviations. In a ring each process sends `2·(N − 1)/N` times that.
+    The step's gradient, three counts, and of every feature its sum, those of the sides and the second moment. In a ring each
+    process sends `2·(N − 1)/N` times that.
     """
     F = dictionary.features
-    return FLOAT * (3.0 * model.width + 3 + F + (2 * F + 1 if options.token_scores else 0))
+    return 8.0 * (model.width + 3 + 4 * F + (2 * F + 1 if options.token_scores else 0))
 
 
 def disk_bytes(dictionary: DictionaryShape, options: Options, steps: int) -> tuple[float, float]:
-    """Of the record: rows a step, `40·(k + watched + 1)`, and the totals at the end, `72 + 4·bins` a feature.
+    """Of the record: rows a step, `36·(k + watched + 1)`, and the totals at the end, `72 + 4·bins` a feature.
 
     A time bin is as many steps wide as the smallest power of two that makes 64 of them enough.
     """
@@ -345,7 +350,7 @@ def extra_seconds(
 ) -> dict[str, float]:
     """Time that the callback adds to a step of a process.
 
-    products: the FLOPs at float32's rate. totals: `8e-8·F` seconds of one core (measured). transfer: of an offloaded
+    products: the FLOPs at float32's rate. totals: `5e-8·F` seconds of one core (measured). transfer: of an offloaded
     dictionary, its decoder once for every S steps, and its encoder for health once a log and for every 64 MiB of the probe's
     activations (token scores are refused then); scores come back, six of `4·F` a step.
     """
