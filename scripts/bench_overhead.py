@@ -52,6 +52,7 @@ class NaiveCallback(TrainerCallback):
 
     def __init__(self, dictionary: FeatureDictionary) -> None:
         self.dictionary = dictionary
+        self.directions = dictionary.directions
         self.total = torch.zeros(dictionary.d_sae)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -60,7 +61,7 @@ class NaiveCallback(TrainerCallback):
                 output.register_hook(backward)
 
         def backward(gradient: torch.Tensor) -> None:
-            projected = -(gradient.float() @ self.dictionary.directions.T)
+            projected = -(gradient.float() @ self.directions.T)
             self.total += projected.sum((0, 1))
 
         resolve_hook_point(model, self.dictionary.hook_point).module.register_forward_hook(forward)
