@@ -192,7 +192,7 @@ def trainer_of(features: int, width: int, with_callback: bool, root: Path) -> li
     _, tokenizer, dataset, _ = tiny_parts()
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape, **heads)  # type: ignore[arg-type]
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape, **heads)
     dictionary = load_dictionary(root / "sae") if with_callback else None
     stages = Stages()
     with stages.stage("training"):
