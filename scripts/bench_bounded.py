@@ -1,8 +1,8 @@
-"""Does the record of a long run grow? Simulated optimizer steps of random gradients, everything else real.
+"""Does a long run grow? Real optimizer steps of a DPO trainer on a model so small that a hundred thousand take minutes.
 
-Feeds a dictionary of many features with random per-example gradients, as a trainer's steps would, and writes the
-run record. Reports, for every tenth of the run, the time a step took, the resident memory and the size of the record:
-the totals must not grow at all, the rows by a constant number of bytes a step.
+Reports, for every tenth of the run, what a step took, the most memory the process held, and the size of the record: time
+and memory must stay flat, the totals within a constant, the rows grow by as many bytes every step. With `--without`
+the same trainer runs without the callback, to see what is its own.
 """
 
 from __future__ import annotations
@@ -10,106 +10,127 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import nn
+from tiny import tiny_parts
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
-from trl_sae_audit import FeatureDictionary, RunRecord
-from trl_sae_audit.channel import Channel
-from trl_sae_audit.hook_points import HookPoint
-from trl_sae_audit.record_writer import RecordWriter
+from trl_sae_audit import FeatureAttributionCallback, RunRecord
+
+SAMPLES = 100
+"""Looks at the memory in every tenth of the run."""
 
 
-def size_of(directory: Path, pattern: str) -> int:
-    return sum(path.stat().st_size for path in directory.rglob(pattern))
+class Growth(TrainerCallback):
+    """One row for every tenth of the run."""
+
+    def __init__(self, record: Path, steps: int) -> None:
+        self.record, self.tenth = record, max(1, steps // 10)
+        self.process = psutil.Process()
+        self.rows: list[list[str]] = []
+        self.peak = 0
+        self.began = time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if step % max(1, self.tenth // SAMPLES) == 0:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+        if step % self.tenth == 0:
+            took = 1000 * (time.perf_counter() - self.began) / self.tenth
+            files = [path for path in self.record.rglob("*") if path.is_file()]
+            rows, totals = (
+                sum(path.stat().st_size for path in files if path.suffix == suffix)
+                for suffix in (".parquet", ".safetensors")
+            )
+            self.rows.append(
+                [
+                    f"{step:,}",
+                    f"{took:.2f}",
+                    f"{self.peak / 2**20:.0f}",
+                    f"{rows / 2**20:.2f}",
+                    f"{rows / step:.0f}",
+                    f"{totals / 2**20:.1f}",
+                    str(len(files)),
+                ]
+            )
+            print(" | ".join(self.rows[-1]), flush=True)
+            self.began, self.peak = time.perf_counter(), 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--features", type=int, default=262_144)
-    parser.add_argument(
-        "--width", type=int, default=64, help="d_model; only the projection's cost depends on it"
-    )
-    parser.add_argument("--examples", type=int, default=8, help="examples a step")
-    parser.add_argument("--logging-steps", type=int, default=10)
-    parser.add_argument("--flush-seconds", type=float, default=30.0)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--features", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=16, help="d_model")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs a step")
+    parser.add_argument("--logging-steps", type=int, default=100)
+    parser.add_argument("--save-steps", type=int, default=10_000, help="steps between two checkpoints")
+    parser.add_argument("--without", action="store_true", help="train without the callback")
     options = parser.parse_args()
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(options.features, options.width, generator=generator)
-    dictionary = FeatureDictionary(directions, "model.layers.0", "random")
-    module = nn.Identity()
-    channel = Channel(
-        dictionary,
-        HookPoint("model.layers.0", module, module),
-        {"one": 1},
-        top_k=20,
-        health_tokens=0,
-        token_scores=False,
-        totals=None,
+    build, tokenizer, pairs, dictionary = tiny_parts(
+        width=options.width,
+        layers=1,
+        features=options.features,
+        hook_point="model.layers.0",
+        words=60,
+        length=(2, 6),
     )
-    table = Table(title=f"{options.steps} steps, {options.features} features")
+    with tempfile.TemporaryDirectory() as root:
+        record = Path(root) / "record"
+        trainer = DPOTrainer(
+            build(),
+            args=DPOConfig(
+                output_dir=str(Path(root) / "out"),
+                per_device_train_batch_size=options.pairs,
+                max_steps=options.steps,
+                learning_rate=1e-5,
+                logging_steps=options.logging_steps,
+                save_steps=options.save_steps,
+                save_total_limit=1,
+                precompute_ref_log_probs=True,
+                gradient_checkpointing=False,
+                report_to="none",
+                use_cpu=not torch.cuda.is_available(),
+                bf16=False,
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                log_level="error",
+            ),
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            callbacks=[]
+            if options.without
+            else [FeatureAttributionCallback(dictionary, record, watch={"one": 1})],
+        )
+        growth = Growth(record, options.steps)
+        trainer.add_callback(growth)
+        trainer.train()
+        if not options.without:
+            assert RunRecord.load(record).last_step == options.steps
+    table = Table(title=f"{options.steps:,} steps, {options.features:,} features")
     for column in (
         "steps",
         "ms a step",
-        "resident MiB",
-        "totals MiB",
+        "peak resident MiB",
         "rows MiB",
         "bytes of rows a step",
+        "totals MiB",
         "files",
     ):
         table.add_column(column, justify="right")
-    process = psutil.Process()
-    with tempfile.TemporaryDirectory() as root:
-        directory = Path(root) / "record"
-        writer = RecordWriter.create(
-            directory, {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
-        )
-        tenth = options.steps // 10
-        started = flushed = time.perf_counter()
-        peak = 0
-        for step in track(range(1, options.steps + 1), description="simulating"):
-            rows = torch.randn(options.examples, options.width, generator=generator)
-            channel.buffer.add(rows, torch.ones(options.examples), paired=False, tokens=None)
-            channel.buffer.finish_step(1.0)
-            if step % options.logging_steps == 0:
-                steps = np.arange(step - options.logging_steps + 1, step + 1)
-                tables = channel.project(
-                    {"step": steps, "global_step": steps}, channel.pack(), keep_examples=False
-                )
-                for name, parts in tables.items():
-                    for part in parts:
-                        writer.append(name, part)
-                channel.take_window()
-                peak = max(peak, process.memory_info().rss)
-            if time.perf_counter() - flushed > options.flush_seconds or step % tenth == 0:
-                writer.flush(step, {"random": channel.totals})
-                flushed = time.perf_counter()
-                peak = max(peak, process.memory_info().rss)
-            if step % tenth == 0:
-                now = time.perf_counter()
-                rows_size = size_of(directory, "*.parquet")
-                table.add_row(
-                    str(step),
-                    f"{1000 * (now - started) / tenth:.2f}",
-                    f"{peak / 2**20:.0f}",
-                    f"{size_of(directory, '*.safetensors') / 2**20:.1f}",
-                    f"{rows_size / 2**20:.2f}",
-                    f"{rows_size / step:.0f}",
-                    str(sum(1 for path in directory.rglob("*") if path.is_file())),
-                )
-                started, peak = time.perf_counter(), 0
-        writer.close("finished", options.steps, {"random": channel.totals})
-        assert RunRecord.load(directory).last_step == options.steps
+    for row in growth.rows:
+        table.add_row(*row)
     Console().print(table)
 
 

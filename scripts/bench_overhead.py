@@ -28,23 +28,15 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from tiny import tiny_parts
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_sae_audit import FeatureAttributionCallback, FeatureDictionary, load_dictionary
 from trl_sae_audit.hook_points import resolve_hook_point
 
 VARIANTS = ("without", "default scores", "token scores", "naive, every token")
+TINY = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
 
 
 class NaiveCallback(TrainerCallback):
@@ -127,42 +119,6 @@ class TakeTurns(TrainerCallback):
         self.turns.next(self.name)
 
 
-def tiny_parts() -> tuple[Callable[[], Any], Any, Dataset, FeatureDictionary]:
-    words = [f"w{i}" for i in range(996)]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    rng = random.Random(0)
-    rows = [
-        {
-            side: " ".join(rng.choices(words, k=rng.randint(20, 60))) + " "
-            for side in ("prompt", "chosen", "rejected")
-        }
-        for _ in range(256)
-    ]
-    dictionary = FeatureDictionary(torch.randn(4096, 256), "model.layers.2", "random")
-
-    def build() -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
-
-    return build, tokenizer, Dataset.from_list(rows), dictionary
-
-
 def real_parts(options: argparse.Namespace) -> tuple[Callable[[], Any], Any, Dataset, FeatureDictionary]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     dataset = load_dataset("json", data_files=options.data, split="train")
@@ -213,7 +169,7 @@ def make_trainer(variant: str, parts: Any, options: argparse.Namespace, director
 def time_variants(variants: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
     clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     turns = Turns(list(variants), options.seed, clock)
-    parts = real_parts(options) if options.model else tiny_parts()
+    parts = real_parts(options) if options.model else tiny_parts(**TINY)
     with tempfile.TemporaryDirectory() as root:
         trainers = {}
         for variant in variants:
@@ -257,7 +213,7 @@ def peak_memory(variant: str, argv: list[str]) -> float:
 
 
 def alone(variant: str, options: argparse.Namespace) -> None:
-    parts = real_parts(options) if options.model else tiny_parts()
+    parts = real_parts(options) if options.model else tiny_parts(**TINY)
     with tempfile.TemporaryDirectory() as root:
         make_trainer(variant, parts, options, Path(root)).train()
     if torch.cuda.is_available():
