@@ -2,6 +2,8 @@
 
 import os
 import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -128,11 +130,19 @@ def temporary(path: Path) -> Path:
 
 
 def write_temporary(path: Path, content: bytes) -> Path:
-    """Write and sync `content` beside `path`; whoever renames the result to `path` makes it count."""
-    with temporary(path).open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write and sync `content` beside `path`; whoever renames the result to `path` makes it count.
+
+    Where that fails nothing is left: half a file would only take the place that is wanting.
+    """
+    try:
+        with temporary(path).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            temporary(path).unlink(missing_ok=True)
+        raise
     return temporary(path)
 
 
@@ -144,6 +154,26 @@ def checksum(content: bytes) -> int:
 def write_durably(path: Path, content: bytes) -> None:
     """Put `content` at `path` so that at any instant the whole of it is there, or what was there before."""
     write_temporary(path, content).replace(path)
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Put files in place that belong together, all of them or none.
+
+    Until all are written the old ones stay; while they change places the last one is absent, so that where it is
+    present all are of one writing.
+    """
+    written: list[Path] = []
+    try:
+        for path, content in contents.items():
+            written.append(write_temporary(path, content))
+        list(contents)[-1].unlink(missing_ok=True)
+        for path in contents:
+            temporary(path).replace(path)
+    except OSError:
+        for path in written:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
 
 
 def sync_directory(directory: Path) -> None:

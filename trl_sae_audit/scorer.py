@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .pooling import POOLINGS, pooled
 from .preflight import check_dictionary, check_whole
+from .record_files import write_durably
 from .response_states import ResponseReader, Row
 from .tokenized import Ids, Text, check_tokenizer, tokenized
 
@@ -247,12 +248,21 @@ class FeatureScorer:
         self.calibration_size = int(state["calibration_size"])
 
     def save(self, path: str | Path) -> None:
-        """Write the calibration as safetensors."""
+        """Write the calibration as safetensors, the whole file or none of it.
+
+        Raises:
+            AuditError: it cannot be written.
+        """
         state = self.state_dict()
         tensors = {name: state[name] for name in ("mean", "deviation") if state[name] is not None}
         header = {name: str(state[name]) for name in ("identity", "pooling", "calibration_size")}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(path), metadata=header)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_durably(Path(path), safetensors_bytes(tensors, metadata=header))
+        except OSError as error:
+            raise AuditError(
+                f"The calibration cannot be written to {path} ({error.strerror}); choose another path."
+            ) from error
 
     def load(self, path: str | Path) -> FeatureScorer:
         """Read what `save` wrote.

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from .errors import AuditError
 from .flags import FlagSet
 from .penalties import Penalty
+from .record_files import write_durably
 from .scorer import FeatureScorer
 from .shaping import Shaper, penalty_from_settings
 
@@ -36,19 +38,13 @@ def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -
         shaper: its flags, scorer and penalty.
 
     Raises:
-        AuditError: a reward model with PEFT adapters.
+        AuditError: a reward model with PEFT adapters, or a directory that cannot be written.
     """
     if isinstance(reward_model, PeftModel):
         raise AuditError(
             f"Reward model {name!r} has PEFT adapters, which cannot be read back without their base model; pass "
             "ShapedRewardModel the merged model, reward_model.merge_and_unload()."
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    if reward_model is not None:
-        reward_model.save_pretrained(directory / _REWARD)
-    shaper.flags.save(directory / _FLAGS)
-    if shaper.scorer is not None and shaper.scorer.calibrated:
-        shaper.scorer.save(directory / _CALIBRATION)
     content = {
         "version": VERSION,
         "reward": name,
@@ -56,7 +52,21 @@ def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -
         "settings": shaper.penalty.settings(),
         "state": shaper.penalty.state_dict(),
     }
-    (directory / _SHAPING).write_text(json.dumps(content, indent=2))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _SHAPING).unlink(
+            missing_ok=True
+        )  # written last: where it is, the rest is, of one saving
+        if reward_model is not None:
+            reward_model.save_pretrained(directory / _REWARD)
+        shaper.flags.save(directory / _FLAGS)
+        if shaper.scorer is not None and shaper.scorer.calibrated:
+            shaper.scorer.save(directory / _CALIBRATION)
+        write_durably(directory / _SHAPING, json.dumps(content, indent=2).encode())
+    except (OSError, SafetensorError) as error:
+        raise AuditError(
+            f"The shaped reward cannot be written to {directory} ({error}); make room or choose another directory."
+        ) from error
 
 
 def load_shaped(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import AuditError
+from .record_files import write_durably
 from .shaping import Shaper
 from .trainers import calling_trainer
 
@@ -64,7 +65,8 @@ class ShapingCallback(TrainerCallback):
         if calling_trainer(self).accelerator.is_main_process:
             path = _path(args, state)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps([penalty.state_dict() for penalty in self.penalties]))
+            states = [penalty.state_dict() for penalty in self.penalties]
+            write_durably(path, json.dumps(states).encode())
 
 
 def _path(args: TrainingArguments, state: TrainerState) -> Path:

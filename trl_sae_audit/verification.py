@@ -35,7 +35,7 @@ from .audit_result import Audit
 from .errors import AuditError
 from .realised import RealisedChange
 from .record import RunRecord
-from .record_files import write_durably
+from .record_files import write_together
 from .statistics import Interval, centred_interval, resampling_counts
 
 RANDOM = "random"
@@ -238,7 +238,6 @@ def save_verifications(
 ) -> Path:
     """Write `verify.json` (`about`, and each target's statistics) and `verify.parquet` (target, feature, realised, scores)."""
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     described = {
         "schema_version": _SCHEMA,
         **about,
@@ -247,8 +246,14 @@ def save_verifications(
     tables = [each.features.assign(target=each.kind) for each in verifications]
     content = io.BytesIO()
     pd.concat(tables, ignore_index=True).to_parquet(content, index=False)
-    write_durably(target / "verify.parquet", content.getvalue())
-    write_durably(target / "verify.json", json.dumps(described, indent=1).encode() + b"\n")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(described, indent=1) + "\n"
+        write_together({target / "verify.parquet": content.getvalue(), target / "verify.json": text.encode()})
+    except OSError as error:
+        raise AuditError(
+            f"The verification cannot be written to {target} ({error.strerror}); choose another output_dir."
+        ) from error
     return target
 
 
