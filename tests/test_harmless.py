@@ -15,7 +15,14 @@ from trl_sae_audit import FeatureAttributionCallback, RunRecord
 
 pytestmark = pytest.mark.newest
 
-WRAPPED = {"log", "training_step", "compute_loss", "_run_epoch", "_calculate_rewards_from_functions"}
+WRAPPED = {
+    "log",
+    "training_step",
+    "compute_loss",
+    "_run_epoch",
+    "_save_checkpoint",
+    "_calculate_rewards_from_functions",
+}
 
 
 class FailingOnce(TrainerCallback):

@@ -199,6 +199,21 @@ def test_the_number_of_parts_stays_logarithmic(tmp_path):
     assert_consistent(record)
 
 
+def test_a_full_part_is_left_as_it_is(tmp_path, monkeypatch):
+    """So what a flush reads and writes does not grow with the run."""
+    monkeypatch.setattr(record_writer, "_FULL_PART", 4 * F)
+    writer = RecordWriter.create(tmp_path, HEADER)
+    totals = write_steps(writer, FeatureTotals(F), range(1, 20))
+    first = RunRecord.load(tmp_path).manifest["tables"]["steps"]
+    write_steps(writer, totals, range(20, 41))
+    record = RunRecord.load(tmp_path)
+    parts = record.manifest["tables"]["steps"]
+    assert max(part["rows"] for part in parts) <= 8 * F
+    assert parts[:2] == first[:2]
+    assert len(parts) <= 40 // 4 + 3
+    assert_consistent(record)
+
+
 def test_extra_stays_until_it_is_replaced(tmp_path):
     writer = RecordWriter.create(tmp_path, HEADER)
     totals = {"mine": FeatureTotals(F)}
@@ -654,7 +669,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(written, change, mess
 
 
 def test_a_part_of_another_format_is_refused(written):
-    path = next((written / "steps").iterdir())
+    path = written / json.loads((written / MANIFEST).read_text())["tables"]["steps"][0]["file"]
     path.write_bytes(b"not parquet")
     edit_manifest(
         written,

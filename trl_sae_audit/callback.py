@@ -121,12 +121,6 @@ class FeatureAttributionCallback(TrainerCallback):
     ) -> None:
         self._running().after_step()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._session is not None and not self._session.finished:
-            self._session.save()
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

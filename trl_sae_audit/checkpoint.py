@@ -1,4 +1,9 @@
-"""What a trainer's checkpoint holds for the callback, so that a resumed run goes on to the bit."""
+"""What a trainer's checkpoint holds for the callback, so that a resumed run goes on to the bit.
+
+The trainer writes its part of a checkpoint first, and a process may die before ours is there as well. So the record is
+written before both, with a note of which checkpoint is about to be made: a checkpoint without our part is completed
+from a record that ends where it does.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
-from .record_files import load_totals, save_totals
+from .record import RunRecord
+from .record_files import load_totals, save_totals, write_durably
+from .record_manifest import MANIFEST
 from .totals import FeatureTotals
 
 _STATE = "state.json"
@@ -42,12 +50,41 @@ class CallbackState:
             "dictionaries": [dictionary.identity for dictionary in dictionaries],
             "baselines": {name: values.tolist() for name, values in self.baselines.items()},
         }
-        (directory / _STATE).write_text(json.dumps(state))
+        write_durably(directory / _STATE, json.dumps(state).encode())
+
+    def note(self, global_step: int) -> dict[str, Any]:
+        """What a record keeps, besides the totals, for a checkpoint that is about to be made at `global_step`."""
+        baselines = {name: values.tolist() for name, values in self.baselines.items()}
+        return {"checkpoint": {"global_step": global_step, "step": self.step, "baselines": baselines}}
 
     @staticmethod
     def is_in(directory: Path) -> bool:
         """Whether `directory` holds a state."""
         return (directory / _STATE).is_file()
+
+    @staticmethod
+    def discard(directory: Path) -> None:
+        """Forget the state in `directory`, if any, because the checkpoint it belongs to is about to be replaced."""
+        (directory / _STATE).unlink(missing_ok=True)
+
+    @classmethod
+    def of_record(
+        cls, output_dir: Path, global_step: int, dictionaries: Sequence[FeatureDictionary]
+    ) -> CallbackState | None:
+        """The state at the checkpoint of `global_step`, from a record in `output_dir` that ends right there."""
+        if not (output_dir / MANIFEST).exists():
+            return None
+        record = RunRecord.load(output_dir)
+        note = record.manifest["extra"].get("checkpoint", {})
+        if (note.get("global_step"), note.get("step")) != (global_step, record.last_step):
+            return None
+        if [entry["identity"] for entry in record.dictionaries] != [one.identity for one in dictionaries]:
+            return None
+        return cls(
+            step=record.last_step,
+            totals={dictionary.name: record.totals(dictionary.name) for dictionary in dictionaries},
+            baselines={name: torch.tensor(values) for name, values in note["baselines"].items()},
+        )
 
     @classmethod
     def load(cls, directory: Path, dictionaries: Sequence[FeatureDictionary]) -> CallbackState:

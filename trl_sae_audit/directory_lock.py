@@ -5,7 +5,7 @@ import os
 import weakref
 from pathlib import Path
 
-from trl_sae_audit.errors import AuditError
+from trl_sae_audit.errors import AuditError, RecordWriteError
 
 LOCK = ".lock"
 
@@ -25,6 +25,7 @@ class DirectoryLock:
             descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise unusable(directory, error) from error
+        self._directory, self._descriptor = directory, descriptor
         self._close = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,6 +42,26 @@ class DirectoryLock:
                 "local disk."
             ) from error
         _held.add(self)
+
+    def check(self) -> None:
+        """Refuse to go on where the directory is no longer the one that was locked.
+
+        Raises:
+            RecordWriteError: it was removed, moved away or replaced, and by now may be another writer's.
+        """
+        try:
+            ours = os.path.samestat(os.fstat(self._descriptor), (self._directory / LOCK).stat())
+        except OSError as error:
+            raise RecordWriteError(
+                f"{self._directory} was removed, moved or made unreadable while a run was writing to it "
+                f"({error.strerror}): put it back.",
+                "removed",
+            ) from error
+        if not ours:
+            raise RecordWriteError(
+                f"{self._directory} was replaced while a run was writing to it: what is there now is left alone.",
+                "replaced",
+            )
 
     @property
     def held(self) -> bool:

@@ -1,5 +1,18 @@
-"""The one exception a user meets: a sentence that names what is wrong and what to do."""
+"""The exceptions a user meets: a sentence that names what is wrong and what to do."""
 
 
 class AuditError(ValueError):
     """Raised when the tool cannot do what was asked; its message says why and what to do about it."""
+
+
+class RecordWriteError(AuditError):
+    """Raised when a run's record cannot be written at the moment; what was written before it stays as it is.
+
+    Attributes:
+        reason: what the operating system, or the state of the directory, has against it; the same as long as the
+            cause is.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -232,6 +232,18 @@ def check_continues(directory: Path, manifest: Manifest, header: Mapping[str, An
         )
 
 
+def is_same_run(manifest: Manifest, header: Mapping[str, Any]) -> bool:
+    """Whether a record is of a run that was asked for in the same words, wherever it was to be resumed from."""
+    return _asked_for(manifest.header) == _asked_for(plain(header))
+
+
+def _asked_for(header: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("trainer_class", "model", "dictionaries", "watch", "settings", "arguments")
+    asked = {key: header[key] for key in keys if key in header}
+    asked["arguments"] = {**asked.get("arguments", {}), "resume_from_checkpoint": None}
+    return asked
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages whose behaviour a record depends on, without importing them."""
     versions = {"python": platform.python_version()}

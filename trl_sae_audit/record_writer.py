@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from trl_sae_audit import record_files as files
 from trl_sae_audit.directory_lock import LOCK, DirectoryLock, unusable
-from trl_sae_audit.errors import AuditError
+from trl_sae_audit.errors import AuditError, RecordWriteError
 from trl_sae_audit.record_manifest import (
     MANIFEST,
     STATUSES,
@@ -30,6 +30,9 @@ from trl_sae_audit.record_manifest import (
 from trl_sae_audit.totals import FeatureTotals
 
 _WRITTEN_NAME = re.compile(r"\d{6,}(-\d+)?\.(parquet|safetensors)(\.tmp)?")
+
+_FULL_PART = 2**18
+"""Rows from which on a part is left as it is, so that no flush reads or writes more than two such parts of a table."""
 
 Part: TypeAlias = StoredFile | pa.Table
 """A part of a table: on disk, or in memory and yet to be written."""
@@ -51,13 +54,16 @@ class RecordWriter:
         self._schemas: dict[str, pa.Schema] = {}
 
     @classmethod
-    def create(cls, directory: str | os.PathLike[str], header: Mapping[str, Any]) -> "RecordWriter":
+    def create(
+        cls, directory: str | os.PathLike[str], header: Mapping[str, Any], *, anew: bool = False
+    ) -> "RecordWriter":
         """Start the record of a new run in `directory`, which is made if it does not exist.
 
         Args:
-            directory: where; empty, new, or left by a run that failed before its first step.
+            directory: where; empty, new, or left by a run that ended before its first flush.
             header: what goes into the manifest: trainer, model, arguments, `dictionaries` (each with name,
                 identity, hook_point, d_sae, d_model) and `watch` ({dictionary name: {label: feature}}).
+            anew: begin in place of whatever record there is.
 
         Raises:
             AuditError: the directory holds another run's record or other files, is in use by another writer, is a
@@ -67,7 +73,7 @@ class RecordWriter:
         directory = Path(directory)
         _prepare(directory)
         with _locked(directory) as lock:
-            if (directory / MANIFEST).exists() and not _never_began(directory):
+            if (directory / MANIFEST).exists() and not (anew or _never_began(directory)):
                 raise AuditError(
                     f"{directory} holds the record of another run: choose another output_dir, delete it, or resume "
                     "that run."
@@ -134,6 +140,11 @@ class RecordWriter:
         return self._manifest.extra
 
     @property
+    def waiting_bytes(self) -> int:
+        """Memory taken by the rows that wait for the next flush."""
+        return sum(rows.nbytes for pieces in self._pending.values() for rows in pieces)
+
+    @property
     def closed(self) -> bool:
         """Whether the record was ended (or belongs to the process this one was forked from)."""
         return not self._lock.held
@@ -179,10 +190,12 @@ class RecordWriter:
             extra: replaces what the manifest holds under `extra` (JSON); None leaves it.
 
         Raises:
-            AuditError: the disk is full or fails (the record stays as it was, and the rows wait for the next
-                flush); rows beyond `step`; a step before the last flush; totals of other dictionaries.
+            RecordWriteError: the disk is full or fails, or the directory was removed or damaged: the record stays as
+                it was, and the rows wait for the next flush.
+            AuditError: rows beyond `step`; a step before the last flush; totals of other dictionaries.
         """
         self._refuse_closed()
+        self._lock.check()
         self._flush(step, totals, extra, "running")
 
     def close(
@@ -204,12 +217,18 @@ class RecordWriter:
         if status not in STATUSES[1:]:
             raise AuditError(f"a record cannot end as {status!r}: close it as 'finished' or 'failed'.")
         try:
+            self._lock.check()
             if step is None or totals is None:
                 self._commit(self._manifest.tables, None, replace(self._manifest, status=status))
             else:
                 self._flush(step, totals, None, status)
         finally:
             self._lock.release()
+
+    def abandon(self) -> None:
+        """Leave the record as the last flush left it, "running", and let others write."""
+        self._pending = {}
+        self._lock.release()
 
     def _flush(
         self, step: int, totals: Mapping[str, FeatureTotals], extra: Mapping[str, Any] | None, status: str
@@ -234,13 +253,17 @@ class RecordWriter:
         self._commit(tables, totals, target)
 
     def _merged(self, parts: list[Part], rows: pa.Table) -> list[Part]:
-        """`parts` and then `rows`, in which each part has more than twice the rows of the next.
+        """`parts` and then `rows`, in which each part is full or has more than twice the rows of the next.
 
-        The number of parts is then at most log2 of the rows, and so is how often any row is rewritten.
+        How often any row is rewritten is then at most log2 of a full part's rows, and so is the number of parts
+        that are not full.
         """
         parts = list(parts)
-        while parts and 2 * rows.num_rows >= _n_rows(parts[-1]):
-            rows = _joined([self._rows(parts.pop()), rows])
+        try:
+            while parts and 2 * rows.num_rows >= _n_rows(parts[-1]) < _FULL_PART:
+                rows = _joined([self._rows(parts.pop()), rows])
+        except AuditError as error:  # its files were changed by someone else
+            raise RecordWriteError(f"the run record can no longer be added to: {error}", "damaged") from error
         return [*parts, rows]
 
     def _rows(self, part: Part) -> pa.Table:
@@ -285,10 +308,11 @@ class RecordWriter:
             files.write_durably(self.directory / MANIFEST, target.to_json())
         except OSError as error:
             _discard(written)
-            raise AuditError(
+            raise RecordWriteError(
                 f"the run record in {self.directory} could not be written at step {target.last_step} "
                 f"({error.strerror}): it is intact up to step {previous.last_step}, so make room on the disk or "
-                "choose another output_dir."
+                "choose another output_dir.",
+                str(error.strerror),
             ) from error
         self._manifest = target
         self._pending = {}
@@ -401,6 +425,6 @@ def _discard(written: list[Path]) -> None:
 
 
 def _never_began(directory: Path) -> bool:
-    """Whether the record is of a run that failed before its first step, and so holds nothing."""
+    """Whether the record is of a run that failed or died before its first flush, and so holds nothing."""
     manifest = read_manifest(directory)
-    return manifest.status == "failed" and manifest.last_step == 0
+    return manifest.status != "finished" and manifest.last_step == 0

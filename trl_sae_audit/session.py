@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from .errors import AuditError
 from .hook_points import HookPoint
 from .preflight import as_probe, check_dictionary, model_name, resolve_watch
 from .record import RunRecord
+from .record_keeping import RecordKeeper
+from .record_manifest import MANIFEST, is_same_run, read_manifest
 from .record_writer import RecordWriter
 from .totals import FeatureTotals
 from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
@@ -75,7 +76,6 @@ class Session:
         self._health_step = 0
         self._baselines: dict[str, Tensor] = {}
         self._drift: dict[str, float] = {}
-        self._last_write = time.monotonic()
         self._divisor: float | None = None
         self._warned_of_missing_gradient = False
         check_engine(trainer)
@@ -93,9 +93,10 @@ class Session:
         if state:
             self.step = self._projected_step = state.step
             self._baselines = dict(state.baselines)
-        self._writer: RecordWriter | None = None
+        self._keeper: RecordKeeper | None = None
         if trainer.accelerator.is_main_process:
-            self._writer = self._open_record(output_dir, points, watch, state)
+            writer = self._open_record(output_dir, points, watch, state)
+            self._keeper = RecordKeeper(writer, settings.flush_seconds)
         self.channels: list[Channel] = []
         self._seams: Seams | None = None
         try:
@@ -113,6 +114,8 @@ class Session:
                 )
             if state is None:
                 self._measure_drift()
+            elif not CallbackState.is_in(self._state_directory()):
+                self._save_state(state)
             self._seams = Seams(trainer, self)
         except BaseException:
             self.abort()
@@ -164,25 +167,30 @@ class Session:
             prefix = "sae" if len(self.channels) == 1 else f"sae/{channel.dictionary.name}"
             logs.update(metrics.of_channel(channel, prefix, sides, self.settings.log_top))
             logs.update(metrics.of_drift(channel, prefix, self._drift))
-        if self._writer is not None and time.monotonic() - self._last_write > self.settings.flush_seconds:
-            self._write()
+        if self._keeper is not None and self._keeper.due:
+            self._keeper.write(self.step, self._totals())
 
-    def save(self) -> None:
-        """Put what a resumed run needs into the trainer's checkpoint, and the record on disk."""
+    def before_checkpoint(self) -> None:
+        """Put the record on disk, with what a resumed run needs if this process dies before `after_checkpoint`."""
         self._project()
-        if self._writer is None:
+        if self._keeper is None:
             return
-        self._write()
-        state = CallbackState(self.step, self._totals(), self._baselines)
-        state.save(self._state_directory(), self.settings.dictionaries)
+        CallbackState.discard(self._state_directory())
+        self._keeper.write(self.step, self._totals(), self._state().note(self.trainer.state.global_step))
+
+    def after_checkpoint(self) -> None:
+        """Put what a resumed run needs into the checkpoint that the trainer has made."""
+        if self._keeper is not None:
+            self._save_state(self._state())
 
     def before_train_end(self) -> None:
         """Show the top features on the trainer's dashboards, which close before this callback hears of the end."""
         self._project()
         callbacks = self.trainer.callback_handler.callbacks
-        if self._writer is not None and reporters.reports_tables(callbacks):
-            self._write()
-            record = RunRecord.load(self._writer.directory)
+        if self._keeper is None or not reporters.reports_tables(callbacks):
+            return
+        if self._keeper.write(self.step, self._totals()):
+            record = RunRecord.load(self._keeper.directory)
             reporters.publish(callbacks, record, self.trainer.state.global_step)
 
     def finish(self) -> None:
@@ -190,23 +198,20 @@ class Session:
         try:
             self._project()
             self._measure_health()
-            if self._writer is not None:
-                self._writer.close("finished", self.step, self._totals())
+            if self._keeper is not None:
+                self._keeper.close("finished", self.step, self._totals())
         finally:
             self._detach()
 
     def abort(self) -> None:
         """Training ended with an exception. No communication between processes: the others may be gone."""
         self._detach()
-        if self._writer is None:
+        if self._keeper is None:
             return
-        try:
-            if self._projected_step:
-                self._writer.close("failed", self._projected_step, self._totals())
-            else:
-                self._writer.close("failed")
-        except AuditError as error:
-            logger.warning("The last steps before the failure are not in the record: %s", error)
+        if self._projected_step and len(self.channels) == len(self.settings.dictionaries):
+            self._keeper.close("failed", self._projected_step, self._totals())
+        else:
+            self._keeper.close("failed")
 
     # Behind it
 
@@ -255,9 +260,9 @@ class Session:
         self._projected_step = self.step
 
     def _append(self, table: str, parts: list[Columns]) -> None:
-        if self._writer is not None:
+        if self._keeper is not None:
             for part in parts:
-                self._writer.append(table, part)
+                self._keeper.append(table, part)
 
     def _summed_over_processes(self) -> Sequence[Tensor]:
         """What every channel is to project, by one sum over the processes."""
@@ -279,8 +284,8 @@ class Session:
             for name, value in logs.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
-        if self._writer is not None and numbers:
-            self._writer.append(
+        if self._keeper is not None and numbers:
+            self._keeper.append(
                 "log",
                 {
                     "step": [self.step] * len(numbers),
@@ -296,8 +301,8 @@ class Session:
         self._health_step = self.step
         for channel in self.channels:
             row = channel.measure_health()
-            if row is not None and self._writer is not None:
-                self._writer.append("health", {"step": [self.step], **row})
+            if row is not None and self._keeper is not None:
+                self._keeper.append("health", {"step": [self.step], **row})
 
     def _measure_drift(self) -> None:
         if self._probe is None:
@@ -313,8 +318,8 @@ class Session:
             drift = activation - self._baselines.setdefault(name, activation)
             for index, label in enumerate(channel.watch):
                 self._drift[f"{name}/{label}"] = float(drift[index])
-            if self._writer is not None:
-                self._writer.append(
+            if self._keeper is not None:
+                self._keeper.append(
                     "drift",
                     {
                         "step": [self.step] * len(channel.watch),
@@ -329,10 +334,20 @@ class Session:
     def _totals(self) -> dict[str, FeatureTotals]:
         return {channel.dictionary.name: channel.totals for channel in self.channels}
 
-    def _write(self) -> None:
-        if self._writer is not None:
-            self._writer.flush(self.step, self._totals())
-            self._last_write = time.monotonic()
+    def _state(self) -> CallbackState:
+        return CallbackState(self.step, self._totals(), self._baselines)
+
+    def _save_state(self, state: CallbackState) -> None:
+        if self._keeper is None:
+            return
+        try:
+            state.save(self._state_directory(), self.settings.dictionaries)
+        except OSError as error:
+            logger.error(
+                "%s has no state of this callback, for it cannot be written (%s). A run can be resumed from it as long as "
+                "the record in %s ends there.",
+                *(self._state_directory().parent, error.strerror, self._keeper.directory),
+            )
 
     def _open_record(
         self,
@@ -342,9 +357,24 @@ class Session:
         state: CallbackState | None,
     ) -> RecordWriter:
         header = self._header(points, watch)
-        if state is not None and output_dir.exists():
+        if state is not None and (output_dir / MANIFEST).exists():
             return RecordWriter.resume(output_dir, header, state.step, state.totals)
-        return RecordWriter.create(output_dir, header)
+        anew = self._left_no_checkpoint(output_dir, header)
+        if anew:
+            logger.warning(
+                "%s holds the record of this very run, which was killed before its first checkpoint: it begins anew.",
+                output_dir,
+            )
+        return RecordWriter.create(output_dir, header, anew=anew)
+
+    def _left_no_checkpoint(self, output_dir: Path, header: Mapping[str, Any]) -> bool:
+        """Whether the same run was killed here, and can only be started from its beginning."""
+        if self.trainer.state.global_step or not (output_dir / MANIFEST).exists():
+            return False
+        if any(Path(self.trainer.args.output_dir).glob("checkpoint-*")):
+            return False
+        manifest = read_manifest(output_dir)
+        return manifest.status == "running" and is_same_run(manifest, header)
 
     def _header(self, points: list[HookPoint], watch: dict[str, dict[str, int]]) -> dict[str, Any]:
         trainer = self.trainer
@@ -376,6 +406,10 @@ class Session:
             return None
         directory = self._state_directory()
         if not CallbackState.is_in(directory):
+            global_step, dictionaries = self.trainer.state.global_step, self.settings.dictionaries
+            state = CallbackState.of_record(output_dir, global_step, dictionaries)
+            if state is not None:
+                return state
             if output_dir.exists():
                 raise AuditError(
                     f"The run resumes at step {self.trainer.state.global_step}, but {directory.parent} holds no state "

@@ -206,6 +206,12 @@ class _Run:
         self._window.zero_()
         self._steps = 0
 
+    def before_checkpoint(self) -> None:
+        """The shield has nothing to keep."""
+
+    def after_checkpoint(self) -> None:
+        """As above."""
+
     def before_train_end(self) -> None:
         """The shield has nothing to say at the end."""
 

@@ -58,6 +58,12 @@ class Listener(Protocol):
     def enrich_log(self, logs: dict[str, Any]) -> None:
         """Add to a record the trainer is about to log."""
 
+    def before_checkpoint(self) -> None:
+        """The trainer is about to save a checkpoint, in whatever way it was asked to."""
+
+    def after_checkpoint(self) -> None:
+        """The trainer has saved a checkpoint."""
+
     def before_train_end(self) -> None:
         """Training ended well, and the trainer's callbacks, reporters among them, are about to hear of it."""
 
@@ -166,6 +172,7 @@ class Seams:
         self._handles: list[Any] = []
         self._sides: Callable[[], Tensor] | None = None
         self._wraps.wrap(trainer, "log", self._logging)
+        self._wraps.wrap(trainer, "_save_checkpoint", self._saving)
         self._wraps.wrap(trainer.callback_handler, "on_train_end", self._ending)
         if self.kind == "PPOTrainer":
             self._wrap_ppo()
@@ -186,6 +193,15 @@ class Seams:
             return original(logs, *args, **kwargs)
 
         return log
+
+    def _saving(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            self._listener.before_checkpoint()
+            saved = original(*args, **kwargs)
+            self._listener.after_checkpoint()
+            return saved
+
+        return save_checkpoint
 
     def _ending(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def on_train_end(*args: Any, **kwargs: Any) -> Any:
