@@ -230,7 +230,7 @@ def seconds_of_totals(features: int) -> float:
     ones = np.ones(4)
     for _ in range(3):  # the last counts
         started = time.process_time()
-        channel.totals.update(*scores.values())
+        channel.totals.update(*scores.values())  # type: ignore[arg-type]
         channel._update_window(scores, ones, ones, ones > 0)
     return (time.process_time() - started) / 4 / features
 

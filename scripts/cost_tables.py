@@ -42,7 +42,7 @@ def planned(model: str, features: int, *, token_scores: bool = False) -> Plan:
         offload=offload,
         processes=gpus,
         token_scores=token_scores,
-        **COMMON,
+        **COMMON,  # type: ignore[arg-type]
     )
     return plan(shape, *shapes_of(arguments, shape), machine_of(MachineArguments()))
 

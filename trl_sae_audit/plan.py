@@ -23,7 +23,7 @@ TOKENS = 64 * MIB
 MOST_BUFFERED_SCORES = 2**22
 """Features times steps projected at once."""
 
-HOST_SECONDS = 5e-8
+HOST_SECONDS = 3e-8
 """A feature and an optimizer step: totals and window in numpy, one core. Measured; see docs/cost.md."""
 
 ROW_BYTES = 36
@@ -350,7 +350,7 @@ def extra_seconds(
 ) -> dict[str, float]:
     """Time that the callback adds to a step of a process.
 
-    products: the FLOPs at float32's rate. totals: `5e-8·F` seconds of one core (measured). transfer: of an offloaded
+    products: the FLOPs at float32's rate. totals: `3e-8·F` seconds of one core (measured). transfer: of an offloaded
     dictionary, its decoder once for every S steps, and its encoder for health once a log and for every 64 MiB of the probe's
     activations (token scores are refused then); scores come back, six of `4·F` a step.
     """
