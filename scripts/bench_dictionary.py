@@ -158,7 +158,7 @@ def training_stages(
         for last in range(10, 71, 10):
             for _ in range(10):
                 rows = torch.randn(EXAMPLES, dictionary.d_model, generator=generator)
-                channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False, tokens=None)
+                channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False)
                 channel.buffer.finish_step(1.0)
             steps = np.arange(last - 9, last + 1)
             tables = channel.project(

@@ -204,7 +204,7 @@ def record_bytes(features: int, steps: int) -> tuple[float, float]:
         for end in range(50, steps + 1, 50):
             for _ in range(50):
                 rows = torch.randn(8, 32, generator=generator)
-                channel.buffer.add(rows, torch.ones(8), paired=False, tokens=None)
+                channel.buffer.add(rows, torch.ones(8), paired=False)
                 channel.buffer.finish_step(1.0)
             numbers = np.arange(end - 49, end + 1)
             columns = {"step": numbers, "global_step": numbers}

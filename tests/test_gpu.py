@@ -12,6 +12,7 @@ from worlds import D_SAE, HOOK_POINT, make_dictionary, make_model, make_tokenize
 from trl_sae_audit import FeatureDictionary
 from trl_sae_audit.channel import Channel
 from trl_sae_audit.hook_points import resolve_hook_point
+from trl_sae_audit.microbatch import Batch
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +41,7 @@ def test_no_synchronisation_between_logs() -> None:
                 loss = model(input_ids=batch).logits.float().logsumexp(-1).mean()
                 torch.cuda.set_sync_debug_mode("error")
                 loss.backward()
-                channel.end_microbatch(sides, paired=True)
+                channel.end_microbatch([Batch(4, sides=lambda: sides)], sided=True, paired=True)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.set_sync_debug_mode("error")

@@ -50,7 +50,7 @@ def steps() -> list[Any]:
     buffer = StepBuffer()
     for _ in range(2):
         sides = torch.tensor([1.0] * 6 + [-1.0] * 6)
-        buffer.add(torch.randn(12, WIDTH, generator=generator), sides, paired=True, tokens=None)
+        buffer.add(torch.randn(12, WIDTH, generator=generator), sides, paired=True)
         buffer.finish_step(1.0)
     return buffer.take()
 

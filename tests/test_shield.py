@@ -22,8 +22,8 @@ from trl_sae_audit import (
     FlagSet,
     RunRecord,
 )
+from trl_sae_audit.method_wraps import MethodWraps
 from trl_sae_audit.shield import span_basis, take_out_positive, take_out_span
-from trl_sae_audit.trainers import MethodWraps
 
 FLAGS = FlagSet([Flag("tiny", 3, "flattery"), Flag("tiny", 50, "length"), Flag("tiny", 7, "lists")])
 FLAGGED = [3, 50, 7]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .dictionary import FeatureDictionary
 from .errors import AuditError
-from .session import Session, Settings
+from .session import Session, Settings, record_directory
 from .trainers import calling_trainer
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureAttributionCallback(TrainerCallback):
@@ -101,6 +105,7 @@ class FeatureAttributionCallback(TrainerCallback):
             flush_seconds=flush_seconds,
         )
         self._session: Session | None = None
+        self._attempts = 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,7 +114,7 @@ class FeatureAttributionCallback(TrainerCallback):
             self._session.abort()
         trainer = calling_trainer(self)
         attached = [one for one in trainer.callback_handler.callbacks if isinstance(one, type(self))]
-        self._session = Session(self.settings, trainer, attached.index(self))
+        self._session = Session(self._settings_of_attempt(trainer), trainer, attached.index(self))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,6 +135,23 @@ class FeatureAttributionCallback(TrainerCallback):
         """Take everything off model and trainer at once, if a run was left by an exception."""
         if self._session is not None and not self._session.finished:
             self._session.abort()
+
+    def _settings_of_attempt(self, trainer: Trainer) -> Settings:
+        """With auto_find_batch_size a run that ran out of memory begins anew: the record so far is kept, another begun."""
+        before = self._session
+        if before is None or not (before.failed and before.step and trainer.args.auto_find_batch_size):
+            self._attempts = 1
+            return self.settings
+        self._attempts += 1
+        first = record_directory(self.settings, trainer)
+        directory = first.with_name(f"{first.name}-{self._attempts}")
+        logger.warning(
+            "Training failed after step %d and auto_find_batch_size begins it anew with a smaller batch; this attempt's record is "
+            "%s.",
+            before.step,
+            directory,
+        )
+        return dataclasses.replace(self.settings, output_dir=directory)
 
     def _running(self) -> Session:
         if self._session is None or self._session.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .health import Health, HealthTotals
 from .hook_points import HookPoint
+from .microbatch import Batch, blocks
 from .step_buffer import StepBuffer, StepScores, StepSums, pack, unpack
 from .tap import GradientTap
 from .totals import FeatureTotals
@@ -134,11 +136,21 @@ class Channel:
         observers = tuple(observer for observer in (self.sample, self._tokens) if observer is not None)
         self.tap = GradientTap(point, dictionary.d_model, observers, loss_positions=token_scores)
 
-    def end_microbatch(self, sides: Tensor | None, *, paired: bool) -> None:
-        """Take what the tap has collected."""
-        rows = self.tap.close()
-        if rows is not None:
-            self.buffer.add(rows, sides, paired=paired, tokens=self._tokens.take() if self._tokens else None)
+    def end_microbatch(self, batches: Sequence[Batch], *, sided: bool, paired: bool) -> None:
+        """Take what the tap has collected, of what the trainer computed its loss on."""
+        made = blocks(self.tap.close(), batches, sided=sided, paired=paired)
+        for block in made:
+            self.buffer.add(block.rows, block.sides, paired=block.paired)
+        if made and self._tokens:
+            self.buffer.add_tokens(self._tokens.take())
+
+    def add_nothing(self) -> None:
+        """A step in which no gradient arrived counts as zero."""
+        self.buffer.add(
+            torch.zeros(0, self.dictionary.d_model, device=self.dictionary.device), None, paired=False
+        )
+        if self._tokens:
+            self.buffer.add_tokens(self._tokens.take())
 
     def pack(self) -> Tensor:
         """Take the buffered steps: what is to be summed over the processes, one row a step."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from .trainers import MethodWraps
+from .method_wraps import MethodWraps
 
 
 class NextLog:

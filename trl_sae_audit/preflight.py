@@ -24,8 +24,13 @@ def check_dictionary(dictionary: FeatureDictionary, policy: nn.Module) -> HookPo
     Logs a warning where the dictionary was made for a model of another name.
 
     Raises:
-        AuditError: hook point missing or ambiguous, or of another width than the model.
+        AuditError: an encoder and a decoder; hook point missing or ambiguous, or of another width than the model.
     """
+    if any(isinstance(part, PreTrainedModel) and part.config.is_encoder_decoder for part in policy.modules()):
+        raise AuditError(
+            f"{type(policy).__name__} has an encoder and a decoder, and the loss reaches both; attribution reads the one "
+            "residual stream of a decoder-only model."
+        )
     point = resolve_hook_point(policy, dictionary.hook_point)
     width = residual_width(policy)
     if width != dictionary.d_model:

@@ -22,13 +22,15 @@ from .dictionary import FeatureDictionary
 from .engines import check_engine, check_probe, gradient_divisor, whole_forward
 from .errors import AuditError
 from .hook_points import HookPoint
+from .microbatch import Batch
 from .preflight import as_probe, check_dictionary, model_name, resolve_watch
 from .record import RunRecord
 from .record_keeping import RecordKeeper
 from .record_manifest import MANIFEST, is_same_run, read_manifest
 from .record_writer import RecordWriter
+from .seams import Seams
 from .totals import FeatureTotals
-from .trainers import LAYOUTS, Seams, policy_of, trainer_kind
+from .trainers import LAYOUTS, policy_of, trainer_kind
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class Settings:
     flush_seconds: float
 
 
+def record_directory(settings: Settings, trainer: Trainer) -> Path:
+    """Where the run record goes."""
+    return settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
+
+
 class Session:
     """Listens to one trainer while it trains; everything it puts on model and trainer goes when it ends.
 
@@ -71,6 +78,7 @@ class Session:
         self.step = 0
         self.global_steps: list[int] = []
         self.finished = False
+        self.failed = False
         self._position = position
         self._projected_step = 0
         self._health_step = 0
@@ -88,7 +96,7 @@ class Session:
         self._probe = as_probe(settings.probe, trainer)
         if self._probe is not None:
             check_probe(trainer.accelerator)
-        output_dir = settings.output_dir or Path(trainer.args.output_dir) / "sae_audit"
+        output_dir = record_directory(settings, trainer)
         state = self._load_state(output_dir)
         if state:
             self.step = self._projected_step = state.step
@@ -129,9 +137,9 @@ class Session:
         for channel in self.channels:
             channel.tap.open()
 
-    def end_microbatch(self, sides: Tensor | None) -> None:
+    def end_microbatch(self, batches: list[Batch]) -> None:
         for channel in self.channels:
-            channel.end_microbatch(sides, paired=self.layout.paired)
+            channel.end_microbatch(batches, sided=self.layout.sides is not None, paired=self.layout.paired)
 
     def before_optimizer_step(self) -> None:
         """The gradient of this step is complete.
@@ -195,6 +203,11 @@ class Session:
 
     def finish(self) -> None:
         """Training ended well."""
+        if self.step == 0:
+            logger.warning(
+                "Training ended and no optimizer step was seen: the record is empty. The trainer makes its steps in a loop of "
+                "its own, or the callback was not told of on_pre_optimizer_step."
+            )
         try:
             self._project()
             self._measure_health()
@@ -205,6 +218,7 @@ class Session:
 
     def abort(self) -> None:
         """Training ended with an exception. No communication between processes: the others may be gone."""
+        self.failed = True
         self._detach()
         if self._keeper is None:
             return
@@ -235,10 +249,7 @@ class Session:
         if not self._warned_of_missing_gradient:
             self._warned_of_missing_gradient = True
             logger.warning("%s The step is recorded as zero.", message)
-        dictionary = channel.dictionary
-        channel.buffer.add(
-            torch.zeros(0, dictionary.d_model, device=dictionary.device), None, paired=False, tokens=None
-        )
+        channel.add_nothing()
 
     def _project(self) -> None:
         """Turn buffered steps into scores, on every process alike."""

@@ -13,9 +13,11 @@ from .dictionary import FeatureDictionary
 from .engines import check_engine, gradient_divisor
 from .errors import AuditError
 from .flags import Flag, FlagSet
+from .microbatch import Batch
 from .preflight import check_dictionary
+from .seams import Seams
 from .shaping import distinct_names
-from .trainers import Seams, calling_trainer, policy_of
+from .trainers import calling_trainer, policy_of
 
 MODES = ("full", "positive")
 _RANK_TOLERANCE = 1e-6
@@ -176,7 +178,7 @@ class _Run:
         if self._divisor is None:
             self._divisor = gradient_divisor(self.trainer.accelerator)
 
-    def end_microbatch(self, sides: Tensor | None) -> None:
+    def end_microbatch(self, batches: list[Batch]) -> None:
         """As above."""
 
     def before_optimizer_step(self) -> None:

@@ -50,6 +50,7 @@ class StepBuffer:
 
     def __init__(self) -> None:
         self._microbatches: list[StepSums] = []
+        self._tokens: list[TokenScores] = []
         self._steps: list[StepSums] = []
 
     def __len__(self) -> int:
@@ -60,23 +61,17 @@ class StepBuffer:
         """Whether a gradient has arrived since the last optimizer step."""
         return bool(self._microbatches)
 
-    def add(self, rows: Tensor, sides: Tensor | None, *, paired: bool, tokens: TokenScores | None) -> None:
-        """A micro-batch.
+    def add(self, rows: Tensor, sides: Tensor | None, *, paired: bool) -> None:
+        """Examples of a micro-batch.
 
         Args:
             rows: Σ_t g[i,t] of every row, [rows, d_model], float32.
             sides: +1, -1 or 0 of every row, [rows]; None where the trainer has no sides.
             paired: row j and row j + rows/2 are one example.
-            tokens: token-level scores of the micro-batch, where asked for.
 
         Raises:
-            AuditError: if the rows are not those the trainer's batch has.
+            AuditError: if pairs are expected and the number of rows is odd.
         """
-        if sides is not None and len(sides) != len(rows):
-            raise AuditError(
-                f"The model saw {len(rows)} rows but the trainer's batch has {len(sides)}: a custom collator, packing "
-                "or an overridden compute_loss changes the layout, so sides and examples cannot be told apart."
-            )
         if paired and len(rows) % 2:
             raise AuditError(
                 f"The model saw {len(rows)} rows where pairs of chosen and rejected were expected; a custom collator, "
@@ -92,12 +87,16 @@ class StepBuffer:
             masks[1], masks[2] = sides > 0, sides < 0
         counts = masks.sum(1)
         counts[0] = len(examples)
-        self._microbatches.append(StepSums(masks @ rows, counts, examples, example_sides, tokens))
+        self._microbatches.append(StepSums(masks @ rows, counts, examples, example_sides, None))
+
+    def add_tokens(self, tokens: TokenScores) -> None:
+        """Token-level scores of a micro-batch."""
+        self._tokens.append(tokens)
 
     def finish_step(self, divisor: float) -> None:
         """The optimizer is about to step: what has arrived, divided by `divisor`, is one step's gradient."""
         parts, self._microbatches = self._microbatches, []
-        tokens = [part.tokens for part in parts if part.tokens is not None]
+        tokens, self._tokens = self._tokens, []
         sides = [part.example_sides for part in parts if part.example_sides is not None]
         self._steps.append(
             StepSums(
@@ -111,7 +110,7 @@ class StepBuffer:
 
     def discard(self) -> None:
         """Forget a step that was not finished."""
-        self._microbatches = []
+        self._microbatches, self._tokens = [], []
 
     def take(self) -> list[StepSums]:
         """Hand over the finished steps."""
