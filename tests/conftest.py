@@ -49,6 +49,7 @@ ONCE = {
     "test_flags.py",
     "test_health.py",
     "test_hook_points.py",
+    "test_hostile.py",
     "test_lab.py",
     "test_large_dictionaries.py",
     "test_lookahead.py",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import AuditError
 from .flags import Flag
-from .penalties import Penalty
+from .penalties import Penalty, finite
 from .presence import BIN_CENTRES, Presence, histogram
 
 _PRIOR = 16.0
@@ -164,13 +164,20 @@ class AdaptivePenalty(Penalty):
             "paid": self._paid.tolist(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
         k = len(state["lambdas"])
-        self.presence = None if state["presence"] is None else Presence(**state["presence"])
-        self._lambdas, self._offset = np.array(state["lambdas"]), np.array(state["offset"])
-        self._seen = float(state["seen"])
-        self._variance, self._paid = np.array(state["variance"]).reshape(k, k), np.array(state["paid"])
+        presence = state["presence"]
+        if presence is not None:
+            if not isinstance(presence, Mapping):
+                raise TypeError(f"its presence is {presence!r}")
+            presence = Presence(**{name: finite(values, k) for name, values in presence.items()})
+            if not ((presence.high > presence.low).all() and (presence.deviation > 0).all()):
+                raise ValueError("a presence has no width")
+        self.presence = presence
+        self._lambdas, self._offset = finite(state["lambdas"], k), finite(state["offset"], k)
+        self._seen = float(finite(state["seen"]))
+        self._variance, self._paid = finite(state["variance"], k, k), finite(state["paid"], k)
 
     def _shown(self, scores: Tensor, rewards: Tensor) -> list[float]:
         mixed, values = scores.numpy() @ self._mixing, rewards.numpy()

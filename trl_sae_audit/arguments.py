@@ -12,6 +12,7 @@ import torch
 from .callback import FeatureAttributionCallback
 from .dictionary import FeatureDictionary
 from .errors import AuditError
+from .untrusted import read_bytes
 
 
 @dataclass
@@ -176,4 +177,8 @@ def _listed(value: str | list[str] | None) -> list[str] | None:
 def _texts(path: Path) -> list[str]:
     if not path.is_file():
         raise AuditError(f"There is no probe file {path}; give a text file with one text a line.")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise AuditError(f"The probe file {path} cannot be read as text ({error}).") from error
+    return [line for line in text.splitlines() if line.strip()]

@@ -16,6 +16,7 @@ from .audit_statistics import Settings, feature_statistics
 from .audit_store import AuditStore, Part
 from .errors import AuditError
 from .flags import Flag
+from .untrusted_tables import read_frame
 
 if TYPE_CHECKING:
     from .lookahead import AnswerBatches, Lookahead
@@ -33,6 +34,9 @@ PREDICTIONS = (
 )
 """What a lookahead adds to the table of features, as far as it was asked for."""
 _SIDE_COLUMNS = ("", "_active")
+_ALWAYS = (
+    "dictionary", "feature", "attribution", "standard_error", "p_value", "q_value", "lift", "length_q_value"
+)  # fmt: skip
 
 
 class Audit:
@@ -50,6 +54,7 @@ class Audit:
             raise AuditError(
                 f"The audit in {store.directory} was interrupted; run the same command again, and it goes on from there."
             )
+        store.check()
         self._store = store
         self.directory = store.directory
         self.manifest = store.manifest
@@ -126,6 +131,11 @@ class Audit:
             arrays, _ = self._store.read_arrays(_LOOKAHEAD)
             for name in PREDICTIONS:
                 if name in arrays:
+                    if arrays[name].shape != order.shape:
+                        raise AuditError(
+                            f"{name!r} of the lookahead in {self.directory} has shape {arrays[name].shape}, and there are "
+                            f"{len(order)} features; delete {_LOOKAHEAD} and look ahead again."
+                        )
                     frame[name] = arrays[name][order]
         return frame
 
@@ -206,6 +216,10 @@ class Audit:
         if not self._store.has(_LOOKAHEAD):
             raise AuditError("This audit has no influence; pass lookahead= to audit_preferences.")
         known = self._store.read_arrays(_INFLUENCE)[0] if self._store.has(_INFLUENCE) else {}
+        if any(values.shape != (len(self),) for values in known.values()):
+            raise AuditError(
+                f"{_INFLUENCE} in {self.directory} is not of {len(self)} examples; delete it and audit again."
+            )
         missing = [feature for feature in features if str(feature) not in known]
         if missing:
             known = {**known, **self._new_influences(missing)}
@@ -289,7 +303,7 @@ class Audit:
     def _cached_features(self) -> pd.DataFrame:
         path = self.directory / _FEATURES
         if path.is_file():
-            return pd.read_parquet(path)
+            return self._read_features(path)
         settings = Settings(seed=self.manifest["settings"]["seed"])
         frame = feature_statistics(self._store.parts, self.dictionary, len(self), settings)
         frame = frame.rename(columns=self._side_names())
@@ -299,9 +313,24 @@ class Audit:
         self._write_features(frame)
         return frame
 
+    def _read_features(self, path: Path) -> pd.DataFrame:
+        try:
+            frame = read_frame(path, rows=self.dictionary.d_sae, columns=_ALWAYS)
+            numbers = frame["feature"].to_numpy()
+            if numbers.dtype != np.int64 or (np.sort(numbers) != np.arange(len(numbers))).any():
+                raise ValueError("its features are not those of the dictionary")
+            texts = frame.drop(columns="dictionary").select_dtypes(exclude="number")
+            if len(texts.columns):
+                raise ValueError(f"its column {texts.columns[0]!r} is not of numbers")
+        except (OSError, ValueError) as error:
+            raise AuditError(
+                f"{path} cannot be read ({error}); delete it, and it is made again from the parts of the audit."
+            ) from error
+        return frame.assign(dictionary=self.dictionary.name)
+
     def _write_features(self, frame: pd.DataFrame) -> None:
         content = io.BytesIO()
-        frame.to_parquet(content, index=False)
+        frame.to_parquet(content, index=False, write_page_checksum=True)
         self._store.write_table(_FEATURES, content.getvalue())
 
     def _side_names(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as safetensors_bytes
 from safetensors.torch import save_file
 
+from .audit_files import audit_key, check_manifest, check_part, unsealed_part
 from .audit_pass import ExampleArrays
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .record_files import sync_directory, temporary, write_durably
+from .untrusted import is_inside, read_json
+from .untrusted_tables import sealed
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -93,8 +95,8 @@ class AuditStore:
         if not path.is_file():
             raise AuditError(f"{directory} holds no audit: it has no {MANIFEST}.")
         try:
-            manifest = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            manifest = read_json(path)
+        except (OSError, ValueError) as error:
             raise AuditError(
                 f"{path} is damaged ({error}); restore it from a copy or audit again."
             ) from error
@@ -104,6 +106,12 @@ class AuditStore:
                 f"The audit in {directory} has schema version {found}, and this version of trl-sae-audit reads {SCHEMA}; "
                 "read it with the version that wrote it."
             )
+        try:
+            check_manifest(manifest)
+        except ValueError as error:
+            raise AuditError(
+                f"{path} is damaged ({error}); restore it from a copy or audit again."
+            ) from error
         return cls(directory, manifest)
 
     @property
@@ -112,18 +120,18 @@ class AuditStore:
 
     def existing_parts(self) -> set[int]:
         """Numbers of the parts on disk."""
-        return {int(path.stem) for path in (self.directory / _PARTS).glob("[0-9]*.safetensors")}
+        found = (self.directory / _PARTS).glob("[0-9]*.safetensors")
+        return {int(path.stem) for path in found if path.stem.isdecimal()}
 
     def write_part(self, number: int, part: Part) -> None:
         arrays = {name: np.ascontiguousarray(getattr(part.arrays, name)) for name in _ARRAYS}
         arrays |= {"row": part.row.astype(np.int64), "digest": part.digest}
-        # one entry: safetensors writes several in an order that changes from process to process
-        metadata = {"part": json.dumps({"set_aside": part.set_aside, "notes": part.notes}, sort_keys=True)}
-        _write(self._path(number), safetensors_bytes(arrays, metadata))
+        described = {"audit": audit_key(_as_json(self.manifest)), "notes": part.notes}
+        _write(self._path(number), sealed(arrays, described | {"set_aside": _as_json(part.set_aside)}))
 
     def read_part(self, number: int) -> Part:
-        arrays, metadata = self._read(number, (*_ARRAYS, "row", "digest"))
-        described = json.loads(metadata["part"])
+        arrays, described = unsealed_part(self._inside(self._path(number)))
+        self._check_part(number, arrays, described)
         return Part(
             row=arrays["row"],
             digest=arrays["digest"],
@@ -134,7 +142,7 @@ class AuditStore:
 
     def digests(self, number: int) -> np.ndarray:
         """Of every row of a part, without reading the rest."""
-        return self._read(number, ("digest",))[0]["digest"]
+        return unsealed_part(self._inside(self._path(number)), ("digest",))[0]["digest"]
 
     def parts(self) -> Iterator[Part]:
         """Every part of a finished audit, in order; one at a time in memory."""
@@ -144,18 +152,36 @@ class AuditStore:
     def all_digests(self) -> np.ndarray:
         """[rows, 32] uint8."""
         parts = [self.digests(number) for number in range(self.manifest["parts"])]
+        for number, part in enumerate(parts):
+            if part.dtype != np.uint8 or part.ndim != 2 or part.shape[1] != 32:
+                raise AuditError(
+                    f"{self._path(number)} has digests of shape {part.shape}; restore it from a copy."
+                )
         return np.concatenate(parts) if parts else np.zeros((0, 32), np.uint8)
 
     def dictionary(self) -> FeatureDictionary:
         """Directions and hook point; no encoder. The rows are mapped into memory, not read."""
         info = self.manifest["dictionary"]
+        path = self._inside(self.directory / _DECODER)
+        decoder = _read_decoder(path)
+        if decoder.shape != (info["d_sae"], info["d_model"]) or not decoder.is_floating_point():
+            raise AuditError(
+                f"{path} has a decoder {decoder.dtype} {tuple(decoder.shape)}, which is not the manifest's; restore both from a "
+                "copy."
+            )
         found = FeatureDictionary(
-            _read_decoder(self.directory / _DECODER),
+            decoder,
             info["hook_point"],
             info["name"],
             model_name=info["model_name"],
             neuronpedia_id=info["neuronpedia_id"],
         )
+        if (
+            found.identity != info["identity"] and decoder.dtype == torch.float32
+        ):  # kept shorter, it has another
+            raise AuditError(
+                f"{path} is damaged, its content hash is not the manifest's; restore it from a copy."
+            )
         found.identity = info["identity"]
         return found
 
@@ -210,12 +236,11 @@ class AuditStore:
         self, name: str, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]
     ) -> None:
         """Arrays in a file beside the parts, and what they are."""
-        _write(self.directory / name, safetensors_bytes(dict(arrays), {"part": json.dumps(description)}))
+        _write(self.directory / name, sealed(arrays, _as_json(description)))
 
     def read_arrays(self, name: str) -> tuple[dict[str, np.ndarray], Any]:
         """What `write_arrays` wrote."""
-        arrays, metadata = _load(self.directory / name, None)
-        return arrays, json.loads(metadata["part"])
+        return unsealed_part(self._inside(self.directory / name))
 
     def remove(self, name: str) -> None:
         """Delete a file beside the parts, if it is there."""
@@ -227,8 +252,36 @@ class AuditStore:
     def _path(self, number: int) -> Path:
         return self.directory / _PARTS / f"{number:06d}.safetensors"
 
-    def _read(self, number: int, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        return _load(self._path(number), names)
+    def _inside(self, path: Path) -> Path:
+        if not is_inside(self.directory, str(path.relative_to(self.directory))):
+            raise AuditError(
+                f"{path} of the audit leads out of its directory; it was tampered with, so do not use it."
+            )
+        return path
+
+    def _check_part(
+        self, number: int, arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]
+    ) -> None:
+        try:
+            check_part(arrays, described, _as_json(self.manifest))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise AuditError(
+                f"{self._path(number)} is no part of this audit ({error}); restore it from a copy, or delete it and audit "
+                "again with the same output_dir."
+            ) from error
+
+    def check(self) -> None:
+        """Hold the rows of the parts against what the manifest of a finished audit says of them.
+
+        Raises:
+            AuditError: they are not those that were counted and hashed at the end of the audit.
+        """
+        seen = self.all_digests()
+        if len(seen) != self.manifest["rows"] or _sha256(seen) != self.manifest["dataset_sha256"]:
+            raise AuditError(
+                f"The parts of the audit in {self.directory} are not those its {MANIFEST} was written for; restore it from a "
+                "copy or audit again."
+            )
 
 
 def dictionary_header(dictionary: FeatureDictionary) -> dict[str, Any]:
@@ -244,20 +297,15 @@ def _visible(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if not path.name.startswith(".")]
 
 
-def _load(path: Path, names: Sequence[str] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        with safe_open(path, framework="np") as file:
-            found = list(file.keys()) if names is None else names
-            return {name: file.get_tensor(name) for name in found}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
 def _unreadable(path: Path, error: Exception) -> AuditError:
     return AuditError(
         f"{path} of the audit cannot be read ({error}); restore it from a copy, or delete it and audit again with "
         "the same output_dir."
     )
+
+
+def _sha256(digests: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -268,6 +316,7 @@ def _write(path: Path, content: bytes) -> None:
 def _write_decoder(path: Path, decoder: torch.Tensor) -> None:
     """The rows as they are kept, however many gigabytes, without a copy in memory."""
     with _whole_or_absent(path):
+        temporary(path).unlink(missing_ok=True)
         save_file({"decoder": decoder.cpu().contiguous()}, temporary(path))
         with temporary(path).open("rb+") as file:
             os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from .record import RunRecord
 from .record_files import load_totals, save_totals, write_durably
 from .record_manifest import MANIFEST
 from .totals import FeatureTotals
+from .untrusted import read_json
 
 _STATE = "state.json"
 
@@ -94,9 +95,20 @@ class CallbackState:
             AuditError: damaged, or of a run with other dictionaries.
         """
         try:
-            state = json.loads((directory / _STATE).read_text())
+            state = read_json(directory / _STATE)
             identities, step, baselines = (state[key] for key in ("dictionaries", "step", "baselines"))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+                raise ValueError(f"its step is {step!r}")
+            watched = {name: torch.tensor(values, dtype=torch.float32) for name, values in baselines.items()}
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
             raise AuditError(
                 f"{directory / _STATE} is damaged ({error}); resume from an earlier checkpoint."
             ) from error
@@ -111,5 +123,5 @@ class CallbackState:
                 dictionary.name: load_totals(directory / f"totals-{index}.safetensors")
                 for index, dictionary in enumerate(dictionaries)
             },
-            baselines={name: torch.tensor(values) for name, values in baselines.items()},
+            baselines=watched,
         )

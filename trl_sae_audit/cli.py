@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from . import __version__
 from .errors import AuditError
+from .visible_text import visible
 
 USAGE_ERROR = 2
 
@@ -92,5 +93,5 @@ def _unknown(name: str) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"trl-sae-audit: {message}", file=sys.stderr)
+    print(f"trl-sae-audit: {visible(message)}", file=sys.stderr)
     return USAGE_ERROR

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 
 from .errors import AuditError
+from .saved_datasets import load_saved
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -43,8 +45,21 @@ def _rows(name: str, config: str | None, split: str) -> Dataset:
     if suffixes and suffixes[-1] in _BUILDERS:
         if not path.is_file():
             raise AuditError(f"There is no data file {name}.")
-        return load_dataset(_BUILDERS[suffixes[-1]], data_files=name, split=split)
+        return _loaded(_BUILDERS[suffixes[-1]], split, data_files=name)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(name)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    return load_dataset(name, config, split=split)
+        saved = load_saved(path)
+        if not isinstance(saved, DatasetDict):
+            return saved
+        if split not in saved:
+            raise AuditError(f"{name} has no split {split!r} but {', '.join(saved)}.")
+        return saved[split]
+    return _loaded(name, split, name=config)
+
+
+def _loaded(source: str, split: str, **arguments: str | None) -> Dataset:
+    try:
+        return load_dataset(source, split=split, **arguments)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        what = arguments.get("data_files") or source
+        cause = error.__cause__ or error  # of a DatasetGenerationError, what really went wrong
+        raise AuditError(f"The data set {what!r} cannot be loaded: {' '.join(str(cause).split())}") from error

@@ -22,7 +22,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path):
         try:
-            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise unusable(directory, error) from error
         self._directory, self._descriptor = directory, descriptor

@@ -1,8 +1,16 @@
 """The exceptions a user meets: a sentence that names what is wrong and what to do."""
 
+from .visible_text import shown
+
 
 class AuditError(ValueError):
-    """Raised when the tool cannot do what was asked; its message says why and what to do about it."""
+    """Raised when the tool cannot do what was asked; its message says why and what to do about it.
+
+    What it quotes from a file may come from anybody, so that no control character of it reaches the terminal.
+    """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class RecordWriteError(AuditError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from .objectives import Loss
 from .preferences import Source, as_text, iterate_rows
 from .preflight import check_dictionary
 from .residual_stream import evaluation_mode
+from .untrusted import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from .audit_result import Audit
@@ -143,16 +143,16 @@ def read_labels(path: str | Path) -> dict[int, str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8")
         if path.suffix == ".csv":
-            return _from_rows(csv.DictReader(text.splitlines()))
+            return _from_rows(csv.DictReader(text.splitlines(), strict=True))
         if path.suffix == ".jsonl":
-            return _from_rows(json.loads(line) for line in text.splitlines() if line.strip())
-        content = json.loads(text)
+            return _from_rows(parse_json(line) for line in text.splitlines() if line.strip())
+        content = parse_json(text)
         if isinstance(content, list):
             return _from_rows(content)
         return {int(feature): str(label) for feature, label in content.items()}
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError, csv.Error) as error:
         raise AuditError(
             f'The labels in {path} cannot be read ({error}); give JSON {{"12": "label"}}, or CSV or JSON lines with '
             "columns feature and label."

@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import AuditError
 from .record_files import write_durably
+from .untrusted import read_json
+from .visible_text import visible
 
 FILE = "evidence.json"
 VERSION = 1
@@ -87,7 +89,7 @@ class Evidence:
             ]
             lines += [f"- {side}: {_marked(tokens)}" for side, tokens in example.tokens.items()]
             lines.append("")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
 
 def write_evidence(directory: str | os.PathLike[str], evidence: Iterable[Evidence]) -> None:
@@ -102,7 +104,7 @@ def write_evidence(directory: str | os.PathLike[str], evidence: Iterable[Evidenc
     try:
         write_durably(directory / FILE, json.dumps(content).encode() + b"\n")
         text = "\n".join(each.to_markdown() for each in found)
-        write_durably(directory / "evidence.md", text.encode("utf-8", errors="backslashreplace"))
+        write_durably(directory / "evidence.md", text.encode("utf-8"))
     except OSError as error:
         raise AuditError(
             f"The evidence could not be written to {directory} ({error.strerror}); check the directory."
@@ -117,13 +119,13 @@ def read_evidence(directory: str | os.PathLike[str]) -> dict[tuple[str, int], Ev
     """
     path = Path(directory) / FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, and this trl-sae-audit reads {VERSION}")
         found = [_evidence(entry) for entry in content["evidence"]]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AuditError(
             f"{path} cannot be read ({error}); delete it and gather the evidence again."
         ) from error
@@ -131,18 +133,41 @@ def read_evidence(directory: str | os.PathLike[str]) -> dict[tuple[str, int], Ev
 
 
 def _evidence(entry: dict[str, Any]) -> Evidence:
-    examples = [
-        Example(
-            **{
-                **example,
-                "tokens": {
-                    side: [Token(**token) for token in tokens] for side, tokens in example["tokens"].items()
-                },
-            }
-        )
-        for example in entry["examples"]
-    ]
-    return Evidence(**{**entry, "examples": examples})
+    found = Evidence(**{**entry, "examples": [_example(example) for example in entry["examples"]]})
+    _check(found, text=("dictionary", "label"), number=("attribution", "q_value"), count=("feature",))
+    texts = [found.promotes, found.suppresses]
+    if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts):
+        raise TypeError(f"the tokens of feature {found.feature} are not texts")
+    if found.link is not None and not (isinstance(found.link, str) and found.link.startswith("https://")):
+        raise ValueError(f"the link of feature {found.feature} is {found.link!r}")
+    if not all(_is_number(value) for value in found.statistics.values()):
+        raise TypeError(f"the statistics of feature {found.feature} are not numbers")
+    return found
+
+
+def _example(entry: dict[str, Any]) -> Example:
+    tokens = {side: [Token(**token) for token in tokens] for side, tokens in entry["tokens"].items()}
+    found = Example(**{**entry, "tokens": tokens})
+    _check(found, text=("prompt",), number=("attribution",), count=("row",))
+    for token in (token for side in tokens.values() for token in side):
+        _check(token, text=("text",), number=("activation", "attribution"))
+    if not all(isinstance(text, str) for text in found.answers.values()):
+        raise TypeError(f"the answers of row {found.row} are not texts")
+    return found
+
+
+def _check(
+    found: Any, text: Sequence[str] = (), number: Sequence[str] = (), count: Sequence[str] = ()
+) -> None:
+    for name in (*text, *number, *count):
+        value = getattr(found, name)
+        right = isinstance(value, str) if name in text else _is_number(value)
+        if not right or (name in count and not (isinstance(value, int) and 0 <= value < 2**53)):
+            raise TypeError(f"{name!r} is {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
 def _marked(tokens: Sequence[Token], most: int = 40) -> str:

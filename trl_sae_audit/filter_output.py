@@ -14,6 +14,7 @@ from .filter_plan import FilterPlan, rule_of
 from .filter_rows import apply_plan, dropped_rows, kept_rows, rows_that_leave
 from .filter_writers import Writer, writer_for
 from .preferences import Source
+from .visible_text import visible
 
 _CONTROL = "control"
 
@@ -74,7 +75,7 @@ def _fill(
         rows = apply_plan(source, chance, column) if writer.whole else kept_rows(source, chance, column)
         files[_CONTROL] = writer.write(scratch / _CONTROL, rows)
     plan.table()[["row", "action", "score", "weight", "reason"]].to_parquet(
-        scratch / "decisions.parquet", index=False
+        scratch / "decisions.parquet", index=False, write_page_checksum=True
     )
     record = {"settings": plan.settings, "summary": dict(summary), "files": files}
     (scratch / "filter.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
@@ -94,6 +95,10 @@ def _put_in_place(scratch: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _cell(text: str) -> str:
+    return visible(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
+
+
 def dataset_card(record: Mapping[str, Any]) -> str:
     """A README that says how the data was made, and how to make it again."""
     summary, settings = record["summary"], record["settings"]
@@ -104,7 +109,7 @@ def dataset_card(record: Mapping[str, Any]) -> str:
         f"--seed {settings['seed']}",
     ]
     flags = "\n".join(
-        f"| {flag['dictionary']} | {flag['feature']} | {flag['label']} | {flag['attribution_before']:.4g} | "
+        f"| {_cell(flag['dictionary'])} | {flag['feature']} | {_cell(flag['label'])} | {flag['attribution_before']:.4g} | "
         f"{flag['attribution_after']:.4g} |"
         for flag in summary["flags"]
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, load_from_disk
+from datasets import Dataset, Features, IterableDataset, Value
 
 from .filter_plan import FilterPlan
 from .preferences import Row, Source, iterate_rows
+from .saved_datasets import load_saved
 
 _ROW, _SCORE, _REASON = "audit_row", "audit_score", "audit_reason"
 _WHY_TYPES = {_ROW: Value("int64"), _SCORE: Value("float64"), _REASON: Value("string")}
@@ -128,7 +129,7 @@ def _loaded(dataset: Source) -> Source:
     if isinstance(dataset, (str, Path)):
         path = Path(dataset)
         if path.is_dir():
-            return load_from_disk(path)
+            return load_saved(path)
         if path.suffix == ".parquet":
             return Dataset.from_parquet(str(path))
     return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ def example_scores(
     mix = {score: 1.0} if isinstance(score, str) else dict(score)
     if not mix:
         raise AuditError(f"score is an empty mix; name at least one of {', '.join(SCORES)}.")
+    for name, share in mix.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            raise AuditError(f"score gives {name!r} the weight {share!r}; give a number.")
     if weights not in WEIGHTS:
         raise AuditError(f"weights is {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     total = np.zeros(len(audit))

@@ -37,15 +37,20 @@ class JsonLines:
         target = path.with_name(path.name + ".jsonl")
         with target.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             for row in rows:
-                text = (
-                    row.text
-                    if row.text is not None
-                    else json.dumps(row.columns, ensure_ascii=False, default=str)
-                )
+                text = row.text if row.text is not None else _as_line(row.columns)
                 file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         return target.name
+
+
+def _as_line(columns: Any) -> str:
+    text = json.dumps(columns, ensure_ascii=False, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a half of a surrogate pair, which JSON can write, and UTF-8 cannot
+        return json.dumps(columns, default=str)
+    return text
 
 
 class Parquet:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ import yaml
 
 from .errors import AuditError
 from .record_files import write_durably
+from .untrusted import parse_yaml, read_bytes
 
 VERSION = 1
 DIRECTIONS = ("up", "down", "both")
+_TOO_MANY = 2**53
 _HEADER = """\
 # Features that should not be taught. One entry a feature:
 #   dictionary  name of the SAE, as audits and run records call it
@@ -68,7 +70,7 @@ class Flag:
     def __post_init__(self) -> None:
         if not isinstance(self.dictionary, str) or not self.dictionary:
             raise AuditError(f"A flag has dictionary {self.dictionary!r}; write the name of its dictionary.")
-        if not _is_int(self.feature) or self.feature < 0:
+        if not _is_int(self.feature) or not 0 <= self.feature < _TOO_MANY:
             raise AuditError(
                 f"A flag of {self.dictionary!r} has feature {self.feature!r}; write the feature's index."
             )
@@ -79,7 +81,11 @@ class Flag:
                     f"{where} has {name} {getattr(self, name)!r}; write text, in quotes if need be."
                 )
         weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not 0 < weight <= sys.float_info.max
+        ):
             raise AuditError(f"{where} has weight {weight!r}; write a number above 0.")
         if self.direction not in DIRECTIONS:
             raise AuditError(
@@ -165,8 +171,8 @@ class FlagSet(Sequence[Flag]):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(path).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise AuditError(f"The flags in {path} cannot be read ({error}); check the path.") from error
         return cls(_parse(text, path))
 
@@ -241,9 +247,9 @@ def append_flag(path: str | Path, flag: Flag) -> FlagSet:
 
 def _parse(text: str, path: Path) -> list[Flag]:
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise AuditError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct it.") from error
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise AuditError(f"{path} cannot be read: {error}; correct it.") from error
     if not isinstance(content, Mapping) or "flags" not in content:
         raise AuditError(f"{path} has no list 'flags'; begin it with 'version: {VERSION}' and 'flags:'.")
     if content.get("version") != VERSION:

@@ -19,6 +19,8 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
+from pyarrow import ArrowException
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
@@ -27,6 +29,8 @@ from .errors import AuditError
 from .preferences import read_by_trl
 
 ROW = "__row__"
+_UNFIT = (ArrowException, TemplateError, TypeError, ValueError, KeyError)
+"""What TRL's preparation of rows ends in that are no pairs of texts, or that the chat template refuses."""
 _MIX_EXAMPLES = {
     "aot": "sorts the log-ratios of a batch",
     "aot_unpaired": "sorts the log-ratios of a batch",
@@ -110,6 +114,29 @@ class PreferenceLoss:
     def tokenize(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> list[TokenizedExample]:
         if not rows:
             return []
+        try:
+            return self._tokenized(rows)
+        except _UNFIT as error:
+            raise self._refusal(rows, error) from error
+
+    def _refusal(self, rows: Sequence[tuple[int, Mapping[str, Any]]], error: Exception) -> AuditError:
+        """The sentence for rows that TRL cannot tokenize: about the first that it cannot even alone."""
+        which, what = (
+            f"Rows {rows[0][0]} to {rows[-1][0]}",
+            "are of different kinds, so that they cannot be tokenized together",
+        )
+        for row in rows:
+            try:
+                self._tokenized([row])
+            except _UNFIT as own:
+                error, which, what = own, f"Row {row[0]}", "cannot be tokenized"
+                break
+        return AuditError(
+            f"{which} of the dataset (counted from 0) {what} ({type(error).__name__}: {' '.join(str(error).split())}); correct "
+            "or remove what is wrong."
+        )
+
+    def _tokenized(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> list[TokenizedExample]:
         columns = [{ROW: number, **read_by_trl(row)} for number, row in rows]
         stream = Dataset.from_list(columns).to_iterable_dataset()
         prepared = self.trainer._prepare_dataset(stream, self._tokenizer, self.trainer.args, "audit")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from .errors import AuditError
 from .record_files import sync_directory, write_durably
+from .untrusted import read_json
 
 FILE = "outcomes.json"
 VERSION = 1
 WANTED = ("up", "down", "")
 UNITS = ("share", "")
 STAGES = ("before", "after")
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Outcome:
             value = getattr(self, name)
             if value is None and name != "estimate":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
                 raise AuditError(f"Outcome {self.measure!r} has {name} {value!r}; give a finite number.")
         if (self.low is None) != (self.high is None):
             raise AuditError(
@@ -119,7 +121,7 @@ def read_outcomes(directory: str | os.PathLike[str]) -> list[Outcome]:
     """
     path = Path(directory) / FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +113,24 @@ class Penalty(ABC):
         """Continue where `state_dict` was taken.
 
         Raises:
-            AuditError: the state of another kind of penalty, or of other flags.
+            AuditError: the state of another kind of penalty, or of other flags; a damaged one.
         """
+        try:
+            self._load(state)
+        except AuditError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise AuditError(
+                f"The saved state of a {type(self).__name__} is damaged ({type(error).__name__}: {error}); restore it from a "
+                "copy, or begin the coefficients anew."
+            ) from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        flags = state["flags"]
+        if flags is not None and not (
+            isinstance(flags, list) and all(isinstance(each, str) for each in flags)
+        ):
+            raise TypeError(f"its flags are {flags!r}")
         if state["kind"] != type(self).__name__:
             raise AuditError(
                 f"The saved state is of {state['kind']}, and this penalty is {type(self).__name__}; use the same one."
@@ -124,9 +141,9 @@ class Penalty(ABC):
                 f"{', '.join(self.keys) or 'none'}; use the same flags in the same order, or start anew."
             )
         self.keys = None if state["flags"] is None else list(state["flags"])
-        self.batches = int(state["batches"])
-        self._moments = [float(value) for value in state["moments"]]
-        self._pending = None if state["pending"] is None else [float(value) for value in state["pending"]]
+        self.batches = int(finite(state["batches"]))
+        self._moments = finite(state["moments"], 3).tolist()
+        self._pending = None if state["pending"] is None else finite(state["pending"], None).tolist()
 
     def _shown(self, scores: Tensor, rewards: Tensor) -> list[float]:
         """What a batch shows besides its rewards, as sums over responses; added up over processes."""
@@ -134,6 +151,20 @@ class Penalty(ABC):
 
     def _move(self, count: float, mean_reward: float, shown: list[float]) -> None:  # noqa: B027, may do nothing
         """Adjust to a batch of `count` responses over all processes, with the sums that `_shown` gave."""
+
+
+def finite(values: Any, *shape: int | None) -> np.ndarray:
+    """Saved numbers as an array, float64, of that shape (None: any length).
+
+    Raises:
+        ValueError: of another shape, or one that is not finite.
+    """
+    found = np.array(values, dtype=np.float64)
+    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
+        raise ValueError(f"numbers of shape {shape} were expected, not {found.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError("a number is not finite")
+    return found
 
 
 class FixedPenalty(Penalty):

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from .errors import AuditError
+from .saved_datasets import lines_of, load_saved, rows_of
+from .untrusted import parse_json
+from .untrusted_tables import iterate_parquet
 
 Source: TypeAlias = Dataset | IterableDataset | Sequence[Mapping[str, Any]] | str | Path
 """What holds preference pairs: a dataset in memory or streamed, a list of rows, or a path: a directory made by
 `save_to_disk`, a Parquet file, or JSON lines, plain or gzipped."""
 
 ANSWERS = ("chosen", "rejected")
+LONGEST_TEXT = 2**24
+"""Characters of a prompt or an answer."""
+_PICTURES = ("image", "images")
 _READ_BY_TRL = ("prompt", *ANSWERS, "tools", "chat_template_kwargs")
 _JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson")
 
@@ -55,7 +59,7 @@ def iterate_rows(source: Source) -> Iterator[Row]:
             f"The dataset is a {type(source).__name__}; pass a datasets.Dataset or IterableDataset, a list of rows, "
             "or the path of a .jsonl, .parquet or save_to_disk directory."
         )
-    yield from _numbered(source)
+    yield from _numbered(rows_of(source) if isinstance(source, Dataset) else source)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
@@ -68,19 +72,16 @@ def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
 
 def _rows_of_path(path: Path) -> Iterator[Row]:
     if path.is_dir():
-        try:
-            dataset = load_from_disk(path)
-        except FileNotFoundError as error:
-            raise AuditError(
-                f"Directory {path} holds no dataset made by save_to_disk; give its path, or a .jsonl or .parquet file."
-            ) from error
-        yield from iterate_rows(dataset)
+        yield from iterate_rows(load_saved(path))
     elif not path.is_file():
         raise AuditError(f"There is no dataset at {path}; check the path.")
     elif path.suffix == ".parquet":
-        yield from _numbered(
-            columns for batch in pq.ParquetFile(path).iter_batches(1024) for columns in batch.to_pylist()
-        )
+        try:
+            yield from _numbered(iterate_parquet(path))
+        except (OSError, ValueError) as error:
+            raise AuditError(
+                f"{path} cannot be read as Parquet ({error}); restore it from a copy."
+            ) from error
     elif path.name.endswith(_JSON_LINES):
         yield from _json_lines(path)
     else:
@@ -88,27 +89,18 @@ def _rows_of_path(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with _open_text(path) as lines:
-        index = 0
-        for line in lines:
-            text = line.rstrip("\n")
-            if not text.strip():
-                continue
-            yield _parsed(index, text)
-            index += 1
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n")
-    return path.open(encoding="utf-8", errors="surrogateescape", newline="\n")
+    lines = (text for text in lines_of(path) if text.strip())
+    for index, text in enumerate(lines):
+        yield _parsed(index, text)
 
 
 def _parsed(index: int, text: str) -> Row:
     try:
-        columns = json.loads(text)
+        columns = parse_json(text)
     except json.JSONDecodeError as error:
         return Row(index, None, f"is not valid JSON ({error.msg} at character {error.pos})", text)
+    except ValueError as error:
+        return Row(index, None, f"is not valid JSON ({error})", text)
     if not isinstance(columns, dict):
         return Row(index, None, f"is a JSON {type(columns).__name__}, not an object of columns", text)
     return Row(index, columns, None, text)
@@ -151,6 +143,12 @@ class PairCheck:
                 return f"has a {name!r} that is neither text nor a list of messages"
             if not _content(value):
                 return f"has an empty {name!r}"
+        for name in ("prompt", *ANSWERS):
+            problem = _unreadable(columns.get(name))
+            if problem:
+                return f"has a {name!r} {problem}"
+        if any(columns.get(name) for name in _PICTURES):
+            return "has pictures, of which an audit sees nothing"
         prompt = columns.get("prompt")
         if prompt is None and columns["chosen"] == columns["rejected"]:
             return (
@@ -176,6 +174,27 @@ class PairCheck:
         if layout[1] != self._layout[1]:
             return f"is {'conversational' if layout[1] else 'plain text'}, unlike the rows before it"
         return None
+
+
+def _unreadable(value: Any) -> str | None:
+    """What keeps a text, or the texts of a list of messages, from being tokenized: a phrase, or None."""
+    texts = [value] if isinstance(value, str) else []
+    if is_conversation(value):
+        for message in value:
+            if not isinstance(message["role"], str):
+                return f"with a message whose role is {message['role']!r}"
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+            for part in parts:
+                if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                    return "with a message whose content is not text"
+                texts.append(part["text"])
+    for text in texts:
+        if len(text) > LONGEST_TEXT:
+            return f"of {len(text):,} characters, where at most {LONGEST_TEXT:,} are read"
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            return "with characters that are no text (bytes that are no UTF-8, or halves of surrogate pairs)"
+    return None
 
 
 def _content(value: Any) -> str:

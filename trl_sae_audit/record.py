@@ -160,6 +160,7 @@ def _read_all(directory: Path, manifest: Manifest) -> dict[str, bytes]:
                 raise files.missing(path, error) from error
         contents = {}
         for path, stored, handle in handles:
+            files.check_size(path, stored, os.fstat(handle.fileno()).st_size)
             contents[stored.file] = handle.read()
             files.check_content(path, stored, contents[stored.file])
     return contents

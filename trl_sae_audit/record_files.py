@@ -8,25 +8,28 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load as parse_safetensors
-from safetensors.numpy import save as safetensors_bytes
 
 from trl_sae_audit.errors import AuditError
 from trl_sae_audit.record_manifest import StoredFile
 from trl_sae_audit.totals import FeatureTotals
+from trl_sae_audit.untrusted_tables import read_arrays, read_parquet, sealed, unsealed
 
 
 def check_content(path: Path, stored: StoredFile, content: bytes) -> None:
     """Refuse, with an AuditError, content that is not what the manifest says was written."""
-    if len(content) != stored.bytes:
-        raise AuditError(
-            f"{path} has {len(content)} bytes where the manifest says {stored.bytes}: it was truncated or changed, "
-            "so restore it from a copy or delete the record."
-        )
+    check_size(path, stored, len(content))
     if checksum(content) != stored.crc32:
         raise AuditError(
             f"{path} is corrupt, its checksum is not the manifest's: restore it from a copy or delete the record."
+        )
+
+
+def check_size(path: Path, stored: StoredFile, size: int) -> None:
+    """The same of its length, before it is read."""
+    if size != stored.bytes:
+        raise AuditError(
+            f"{path} has {size} bytes where the manifest says {stored.bytes}: it was truncated or changed, "
+            "so restore it from a copy or delete the record."
         )
 
 
@@ -37,16 +40,11 @@ def parse_part(path: Path, stored: StoredFile, content: bytes) -> pa.Table:
         AuditError: not a Parquet file, or not with as many rows as the manifest says.
     """
     try:
-        table = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowException, OSError) as error:
+        return read_parquet(content, rows=stored.rows)
+    except (ValueError, OSError) as error:
         raise AuditError(
             f"{path} is not a readable Parquet file ({error}): restore it from a copy."
         ) from error
-    if table.num_rows != stored.rows:
-        raise AuditError(
-            f"{path} has {table.num_rows} rows where the manifest says {stored.rows}: restore both from a copy."
-        )
-    return table
 
 
 def parse_totals(path: Path, stored: StoredFile, content: bytes) -> FeatureTotals:
@@ -56,8 +54,8 @@ def parse_totals(path: Path, stored: StoredFile, content: bytes) -> FeatureTotal
         AuditError: not a safetensors file, not one of totals, or not with as many features as the manifest says.
     """
     try:
-        totals = FeatureTotals.from_state(parse_safetensors(content))
-    except (SafetensorError, KeyError, AuditError) as error:
+        totals = FeatureTotals.from_state(read_arrays(content)[0])
+    except (ValueError, OSError) as error:
         raise AuditError(
             f"{path} is not a readable file of totals ({error}): restore it from a copy."
         ) from error
@@ -96,7 +94,7 @@ def part_bytes(table: pa.Table) -> bytes:
 
 def totals_bytes(totals: FeatureTotals) -> bytes:
     """`totals` as a safetensors file."""
-    return safetensors_bytes(totals.state_dict())
+    return sealed(totals.state_dict(), {})
 
 
 def save_totals(path: str | os.PathLike[str], totals: FeatureTotals) -> None:
@@ -113,12 +111,12 @@ def load_totals(path: str | os.PathLike[str]) -> FeatureTotals:
     """
     path = Path(path)
     try:
-        return FeatureTotals.from_state(parse_safetensors(path.read_bytes()))
+        return FeatureTotals.from_state(unsealed(path)[0])
     except OSError as error:
         raise AuditError(
             f"the totals in {path} cannot be read ({error.strerror}): check the path."
         ) from error
-    except (SafetensorError, KeyError, AuditError) as error:
+    except ValueError as error:
         raise AuditError(
             f"{path} is not a readable file of totals ({error}): restore it from a copy."
         ) from error
@@ -132,10 +130,12 @@ def temporary(path: Path) -> Path:
 def write_temporary(path: Path, content: bytes) -> Path:
     """Write and sync `content` beside `path`; whoever renames the result to `path` makes it count.
 
-    Where that fails nothing is left: half a file would only take the place that is wanting.
+    Where that fails nothing is left: half a file would only take the place that is wanting. What lies there under the temporary
+    name, a link that leads elsewhere say, is replaced and not written through.
     """
     try:
-        with temporary(path).open("wb") as file:
+        temporary(path).unlink(missing_ok=True)
+        with temporary(path).open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

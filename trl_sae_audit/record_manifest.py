@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from trl_sae_audit.errors import AuditError
+from trl_sae_audit.untrusted import is_inside, read_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -28,6 +29,7 @@ DICTIONARY_KEYS = {"name": str, "identity": str, "hook_point": str, "d_sae": int
 _PACKAGES = (
     "trl-sae-audit", "torch", "transformers", "trl", "peft", "accelerate", "sae-lens", "datasets", "numpy", "pyarrow"
 )  # fmt: skip
+_TOO_MANY = 2**53
 _OWN_KEYS = ("schema_version", "created", "status", "last_step", "flushes", "tables", "totals", "extra")
 
 
@@ -140,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise AuditError(
             f"{directory} is not a run record, for it has no {MANIFEST}: pass the output_dir of a run."
@@ -148,7 +150,9 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise AuditError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     except ValueError as error:
-        raise AuditError(f"{path} is damaged, it is not JSON ({error}): restore it from a copy.") from error
+        raise AuditError(
+            f"{path} is damaged, it cannot be read as JSON ({error}): restore it from a copy."
+        ) from error
     if not isinstance(fields, dict) or "schema_version" not in fields:
         raise AuditError(f"{path} is not the manifest of a run record: pass the output_dir of a run.")
     if fields["schema_version"] != SCHEMA_VERSION:
@@ -182,12 +186,27 @@ def _parse(fields: dict[str, Any]) -> Manifest:
     if manifest.status not in STATUSES:
         raise TypeError(f"the status {manifest.status!r} is none of {STATUSES}")
     d_sae = {entry["name"]: entry["d_sae"] for entry in header["dictionaries"]}
+    for entry in header["dictionaries"]:
+        for key in ("d_sae", "d_model"):
+            if _typed(entry[key], int) == 0:
+                raise TypeError(f"the {key} of dictionary {entry['name']!r} is {entry[key]}")
+    for name, labels in header.get("watch", {}).items():
+        for label, feature in labels.items():
+            if not 0 <= _typed(feature, int) < d_sae[name]:
+                raise TypeError(f"{label!r} is feature {feature} of {name!r}, which has {d_sae[name]}")
+    sides = header.get("sides")
+    if sides is not None and not (_is_texts(sides) and len(sides) == 2):
+        raise TypeError(f"the sides are {sides!r}")
     for name, entry in totals.items():
         if d_sae.get(name) != entry.rows:
             raise TypeError(
                 f"the totals of {name!r} have {entry.rows} features, the dictionary {d_sae.get(name)}"
             )
     return manifest
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _stored_file(entry: Any) -> StoredFile:
@@ -198,12 +217,13 @@ def _stored_file(entry: Any) -> StoredFile:
 def _typed(value: Any, kind: type) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r} stands where {kind.__name__} was expected")
+    if isinstance(value, int) and not 0 <= value < _TOO_MANY:
+        raise TypeError(f"{value} stands where a count was expected")
     return value
 
 
 def _check_inside(directory: Path, file: str) -> None:
-    inside = not Path(file).is_absolute() and "\0" not in file
-    if not inside or not (directory / file).resolve().is_relative_to(directory.resolve()):
+    if not is_inside(directory, file):
         raise AuditError(
             f"the manifest in {directory} names {file!r}, which lies outside the record: it was tampered with or "
             "is damaged, so do not use it."

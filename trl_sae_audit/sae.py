@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE, TopKSAE, TrainingSAE
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.temporal_sae import TemporalSAE
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .sae_encoder import SaeLensEncoder, can_be_sliced, rescales, with_parameters
+from .untrusted import check_regular, read_json
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ROWS_BYTES = 64 * 2**20
@@ -215,12 +215,15 @@ def _load_directory(path: Path) -> SAE[Any]:
                 f"SAE directory {path} has no {file}; it is incomplete or was not saved by sae-lens."
             )
     try:
-        config = json.loads((path / _CONFIG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path / _CONFIG)
+        check_regular(path / _WEIGHTS)
+    except (OSError, ValueError) as error:
         raise AuditError(f"{path / _CONFIG} is not valid JSON ({error}); copy the SAE again.") from error
     if not isinstance(config, dict):
         raise AuditError(f"{path / _CONFIG} is not a configuration; copy the SAE again.")
     architecture = config.get("architecture", "standard")
+    if not isinstance(architecture, str):
+        raise AuditError(f"{path / _CONFIG} has architecture {architecture!r}; copy the SAE again.")
     if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
         raise AuditError(
             f"SAE directory {path} is a training checkpoint ({architecture}); save the SAE with "
@@ -232,9 +235,46 @@ def _load_directory(path: Path) -> SAE[Any]:
             f"({', '.join(sorted(SAE_CLASS_REGISTRY))}); update sae-lens, or save the SAE in one of these."
         )
     try:
-        return SAE.load_from_disk(path, device="cpu")
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        _check_shapes(path / _WEIGHTS, config)
+        sae = SAE.load_from_disk(path, device="cpu")
+        _check_config(sae)
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError, AttributeError) as error:
         raise AuditError(f"SAE directory {path} is damaged or incomplete: {_one_line(error)}") from error
+    return sae
+
+
+def _check_shapes(weights: Path, config: Mapping[str, Any]) -> None:
+    """Hold the sizes that the configuration claims against the file, before anything of that size is made."""
+    sizes = [config.get("d_sae"), config.get("d_in")]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**31 for size in sizes):
+        raise ValueError(f"d_sae and d_in are {sizes[0]!r} and {sizes[1]!r}")
+    with safe_open(weights, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        kinds = {name: file.get_slice(name).get_dtype() for name in shapes}
+    if shapes.get("W_dec") != sizes and shapes.get("W_dec") is not None:
+        raise ValueError(f"size mismatch: W_dec is {shapes['W_dec']}, and the configuration says {sizes}")
+    strange = [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
+    if strange:
+        raise ValueError(f"{strange[0]} is of type {kinds[strange[0]]}")
+
+
+def _check_config(sae: SAE[Any]) -> None:
+    """What sae-lens takes from the file as it stands and would stumble over when it encodes."""
+    for name, kind in get_type_hints(type(sae.cfg)).items():
+        value = vars(sae.cfg).get(name)
+        right = (
+            isinstance(value, (int, float) if kind is float else kind)
+            if kind in (bool, int, float, str)
+            else True
+        )
+        if not right or (isinstance(value, bool) and kind in (int, float)):
+            raise ValueError(f"{name} is {value!r}")
+    metadata = sae.cfg.metadata.to_dict()
+    for name in ("hook_name", "hf_hook_name", "model_name", "neuronpedia_id"):
+        if metadata.get(name) is not None and not isinstance(metadata[name], str):
+            raise ValueError(f"{name} is {metadata[name]!r}")
+    if isinstance(sae, TopKSAE) and not 0 < sae.cfg.k <= sae.cfg.d_sae:
+        raise ValueError(f"k is {sae.cfg.k!r}, and there are {sae.cfg.d_sae} features")
 
 
 def _one_line(error: Exception) -> str:

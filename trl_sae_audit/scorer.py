@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .calibration_files import read_calibration, write_calibration
 from .dictionary import FeatureDictionary
 from .errors import AuditError
 from .pooling import POOLINGS, pooled
 from .preflight import check_dictionary, check_whole
-from .record_files import write_durably
 from .response_states import ResponseReader, Row
 from .tokenized import Ids, Text, check_tokenizer, tokenized
 
@@ -244,6 +242,12 @@ class FeatureScorer:
                 f"The calibration was made with pooling {state['pooling']!r}, and this scorer pools by "
                 f"{self.pooling!r}; pass pooling={state['pooling']!r} or calibrate again."
             )
+        for name in ("mean", "deviation"):
+            if state[name] is not None and state[name].shape != (self.dictionary.d_sae,):
+                raise AuditError(
+                    f"The calibration has a {name} of shape {tuple(state[name].shape)}, and {self.dictionary.name!r} has "
+                    f"{self.dictionary.d_sae} features; calibrate again."
+                )
         self.mean, self.deviation = state["mean"], state["deviation"]
         self.calibration_size = int(state["calibration_size"])
 
@@ -253,16 +257,7 @@ class FeatureScorer:
         Raises:
             AuditError: it cannot be written.
         """
-        state = self.state_dict()
-        tensors = {name: state[name] for name in ("mean", "deviation") if state[name] is not None}
-        header = {name: str(state[name]) for name in ("identity", "pooling", "calibration_size")}
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_durably(Path(path), safetensors_bytes(tensors, metadata=header))
-        except OSError as error:
-            raise AuditError(
-                f"The calibration cannot be written to {path} ({error.strerror}); choose another path."
-            ) from error
+        write_calibration(Path(path), self.state_dict())
 
     def load(self, path: str | Path) -> FeatureScorer:
         """Read what `save` wrote.
@@ -270,16 +265,7 @@ class FeatureScorer:
         Raises:
             AuditError: missing or damaged, of another dictionary or another pooling.
         """
-        try:
-            with safe_open(str(path), framework="pt") as stored:
-                header = stored.metadata()
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            state = {name: header[name] for name in ("identity", "pooling", "calibration_size")}
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise AuditError(
-                f"{path} is not a calibration that can be read ({error}); calibrate again."
-            ) from error
-        self.load_state_dict({**state, "mean": tensors.get("mean"), "deviation": tensors.get("deviation")})
+        self.load_state_dict(read_calibration(Path(path)))
         return self
 
     def tokenize(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[tuple[Ids, Ids]]:

@@ -18,6 +18,7 @@ from .penalties import Penalty
 from .record_files import write_durably
 from .scorer import FeatureScorer
 from .shaping import Shaper, penalty_from_settings
+from .untrusted import read_json
 
 VERSION = 1
 _SHAPING, _FLAGS, _CALIBRATION, _REWARD = (
@@ -45,13 +46,6 @@ def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -
             f"Reward model {name!r} has PEFT adapters, which cannot be read back without their base model; pass "
             "ShapedRewardModel the merged model, reward_model.merge_and_unload()."
         )
-    content = {
-        "version": VERSION,
-        "reward": name,
-        "kind": type(shaper.penalty).__name__,
-        "settings": shaper.penalty.settings(),
-        "state": shaper.penalty.state_dict(),
-    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _SHAPING).unlink(
@@ -62,11 +56,23 @@ def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -
         shaper.flags.save(directory / _FLAGS)
         if shaper.scorer is not None and shaper.scorer.calibrated:
             shaper.scorer.save(directory / _CALIBRATION)
-        write_durably(directory / _SHAPING, json.dumps(content, indent=2).encode())
+        write_shaping(directory / _SHAPING, name, shaper.penalty)
     except (OSError, SafetensorError) as error:
         raise AuditError(
             f"The shaped reward cannot be written to {directory} ({error}); make room or choose another directory."
         ) from error
+
+
+def write_shaping(path: Path, name: str, penalty: Penalty) -> None:
+    """The name of the reward, and the penalty with all that moves."""
+    content = {
+        "version": VERSION,
+        "reward": name,
+        "kind": type(penalty).__name__,
+        "settings": penalty.settings(),
+        "state": penalty.state_dict(),
+    }
+    write_durably(path, json.dumps(content, indent=2).encode())
 
 
 def load_shaped(
@@ -77,31 +83,58 @@ def load_shaped(
     Raises:
         AuditError: incomplete, damaged, or of another version or dictionary.
     """
-    content = _read(directory / _SHAPING)
+    name, penalty = read_shaping(directory / _SHAPING)
     if reward is None:
         if not (directory / _REWARD).is_dir():
             raise AuditError(
-                f"The reward saved in {directory} was the function {content['reward']!r}, which is not in the files; "
+                f"The reward saved in {directory} was the function {name!r}, which is not in the files; "
                 "pass it as reward=."
             )
-        reward = AutoModelForSequenceClassification.from_pretrained(directory / _REWARD, **model_arguments)
+        try:
+            reward = AutoModelForSequenceClassification.from_pretrained(
+                directory / _REWARD, **model_arguments
+            )
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
+            raise AuditError(
+                f"The reward model in {directory / _REWARD} cannot be loaded: {' '.join(str(error).split())}"
+            ) from error
     if scorer is not None and (directory / _CALIBRATION).is_file():
         scorer.load(directory / _CALIBRATION)
-    penalty = penalty_from_settings(content["kind"], content["settings"])
-    penalty.load_state_dict(content["state"])
     return reward, FlagSet.load(directory / _FLAGS), penalty
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_shaping(path: Path) -> tuple[str, Penalty]:
+    """What `write_shaping` wrote: the name of the reward, and the penalty.
+
+    Raises:
+        AuditError: missing, damaged, or of another version.
+    """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         version = content["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AuditError(
-            f"{path} cannot be read ({type(error).__name__}); give a directory written by save_pretrained."
+            f"{path} cannot be read ({type(error).__name__}: {error}); give a directory written by save_pretrained."
         ) from error
     if version != VERSION:
         raise AuditError(
             f"{path} has version {version!r}, and this version of trl-sae-audit reads {VERSION}."
         )
-    return content
+    try:
+        penalty = penalty_from_settings(content["kind"], content["settings"])
+        penalty.load_state_dict(content["state"])
+        return str(content["reward"]), penalty
+    except AuditError:
+        raise
+    except (KeyError, TypeError) as error:
+        raise AuditError(
+            f"{path} does not describe a penalty ({type(error).__name__}: {error}); restore it from a copy."
+        ) from error

@@ -12,6 +12,7 @@ from .errors import AuditError
 from .record_files import write_durably
 from .shaping import Shaper
 from .trainers import calling_trainer
+from .untrusted import read_json
 
 
 class Shaped(Protocol):
@@ -43,11 +44,13 @@ class ShapingCallback(TrainerCallback):
             return
         path = _path(args, state)
         try:
-            saved = json.loads(path.read_text())
+            saved = read_json(path)
+            if not isinstance(saved, list):
+                raise ValueError("it is no list")
         except (OSError, ValueError) as error:
             raise AuditError(
                 f"The run resumes at step {state.global_step}, but {path} has no coefficients of the penalty to continue "
-                f"with ({type(error).__name__}); resume without ShapingCallback to begin them anew."
+                f"with ({type(error).__name__}: {error}); resume without ShapingCallback to begin them anew."
             ) from error
         if len(saved) != len(self.penalties):
             raise AuditError(

@@ -10,7 +10,6 @@ output.show({"examples": n, "top": rows}, table("Title", {"feature": "right"}, c
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -27,6 +26,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from . import visible_text
+from .visible_text import visible
 
 Justify = Literal["left", "right", "center"]
 
@@ -46,7 +48,7 @@ class OutputArguments:
         else:
             stdout = console()
             for part in parts:
-                stdout.print(part, crop=False)
+                stdout.print(visible(part) if isinstance(part, str) else part, crop=False)
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -65,24 +67,30 @@ def table(
         rows: of cells, as many as there are columns.
         head: show the headings.
     """
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=head)
+    made = Table(
+        title=visible(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=head
+    )
     for heading, justify in columns.items():
         made.add_column(heading, justify=justify, overflow="fold")
     for cells in rows:
-        made.add_row(*cells)
+        made.add_row(*(_harmless(cell) for cell in cells))
     return made
+
+
+def _harmless(cell: str | Text) -> str | Text:
+    return visible(cell) if isinstance(cell, str) else Text(visible(cell.plain), cell.style)
 
 
 def to_copy(line: str) -> RenderableType:
     """A command or a path, which stays on one line however long it is."""
     return Group(
-        Text(line, no_wrap=True, overflow="ignore")
+        Text(visible(line), no_wrap=True, overflow="ignore")
     )  # a Text by itself loses no_wrap in Console.print
 
 
 def as_json(document: Mapping[str, Any]) -> str:
     """`document` as JSON. NaN and infinities, which JSON does not know, become null."""
-    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
+    return visible_text.as_json(_plain(document))
 
 
 def _plain(value: Any) -> Any:
@@ -99,6 +107,11 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Libraries keep their advice to themselves, and their progress bars where standard error is no terminal.
@@ -113,7 +126,7 @@ def quiet() -> Iterator[None]:
     made = {name: value for name, value in settings.items() if name not in os.environ}
     ours = logging.getLogger(__package__)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("trl-sae-audit: warning: %(message)s"))
+    handler.setFormatter(_Visible("trl-sae-audit: warning: %(message)s"))
     propagates = ours.propagate
     with warnings.catch_warnings():
         if not sys.warnoptions:

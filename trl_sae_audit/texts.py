@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import AuditError
+from .untrusted import LARGEST_TEXT, check_regular, parse_json, read_bytes
 
 _LAYOUTS = (
     ("text",),
@@ -53,13 +55,21 @@ def read_texts(
     for row in _rows(source, split):
         for text in _texts_of(row, columns, tokenizer, prompt_separator, source):
             if text.strip():
-                texts[text] = None
+                texts[_checked(text, source)] = None
     if not texts:
         raise AuditError(f"{source} has no text in it; give another file or other columns.")
     found = list(texts)
     if limit is None or limit >= len(found):
         return found
     return [found[index] for index in sorted(random.Random(0).sample(range(len(found)), limit))]
+
+
+def _checked(text: str, source: str | Path) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise AuditError(
+            f"{source} has a text with a half of a surrogate pair, which no tokenizer reads: {text[:40]!r}…; correct it."
+        )
+    return text
 
 
 def _rows(source: str | Path, split: str) -> Iterator[dict[str, Any]]:
@@ -80,11 +90,11 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if content.lstrip().startswith("["):
         numbered: Iterable[tuple[int, str]] = [(1, content)]
     else:
-        numbered = ((number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip())
+        numbered = ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
     for number, line in numbered:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise AuditError(f"{path}, line {number}: not valid JSON ({error}); mend the file.") from error
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
@@ -101,45 +111,42 @@ def _paragraphs(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        if path.suffix != ".gz":
+            return read_bytes(path, LARGEST_TEXT).decode("utf-8-sig")
+        check_regular(path)
+        with gzip.open(path) as file:
+            content = file.read(LARGEST_TEXT + 1)
+        if len(content) > LARGEST_TEXT:
+            raise ValueError(f"it unpacks to more than {LARGEST_TEXT:,} bytes")
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise AuditError(f"{path} cannot be read as text: {error}.") from error
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-    from pyarrow import ArrowException
+    from .untrusted_tables import iterate_parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
+        yield from iterate_parquet(path)
+    except (OSError, ValueError) as error:
         raise AuditError(f"{path} cannot be read as Parquet: {error}.") from error
 
 
 def _saved_dataset(path: Path, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
+    from .saved_datasets import load_saved
 
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise AuditError(
-            f"{path} is not a data set saved by datasets ({' '.join(str(error).split())}); give a directory written "
-            "by save_to_disk, or a file."
-        ) from error
-    return _one_split(loaded, str(path), split)
+    return _one_split(load_saved(path), str(path), split)
 
 
 def _hub_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     if name.count("/") > 1 or Path(name).suffix in {".jsonl", ".json", ".parquet", ".txt", ".gz"}:
         raise AuditError(f"There is no file {name}; give the path of your texts.")
     try:
         return _one_split(datasets.load_dataset(name), name, split)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise AuditError(
             f"There is no file or directory {name!r}, and as a data set on the Hub it cannot be loaded "
             f"({' '.join(str(error).split())}); give the path of your texts."
@@ -149,11 +156,13 @@ def _hub_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
 def _one_split(loaded: Any, name: str, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
+    from .saved_datasets import rows_of
+
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise AuditError(f"{name} has no split {split!r}; pass --split with one of {', '.join(loaded)}.")
         loaded = loaded[split]
-    return iter(loaded)
+    return rows_of(loaded)
 
 
 def _texts_of(
@@ -188,6 +197,8 @@ def _join(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase, separato
             messages.append({"role": role, "content": part})
         elif isinstance(part, list):
             messages.extend(part)
+        elif part is not None:
+            messages.append({})  # neither text nor messages
     if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
         raise AuditError(
             "A column that should hold text holds something else; name the columns with text by --columns."
@@ -197,4 +208,10 @@ def _join(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase, separato
             "The texts are conversations, but the tokenizer has no chat template; use the tokenizer of a chat model, "
             "or give plain text."
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise AuditError(
+            f"The tokenizer's chat template cannot render a conversation ({error}): its messages are "
+            f"{[message['role'] for message in messages]!r}; correct the texts, or use another tokenizer."
+        ) from error

@@ -12,6 +12,7 @@ import pandas as pd
 
 from trl_sae_audit.errors import AuditError
 from trl_sae_audit.statistics import benjamini_hochberg, mann_kendall, two_sided_t_p
+from trl_sae_audit.untrusted import check_fits
 
 _SUMS = (
     "attribution",
@@ -368,10 +369,18 @@ def _check_state(state: Mapping[str, np.ndarray], extras: list[str]) -> None:
     steps, width, max_bins = (
         int(state[name][0]) for name in ("steps", "curriculum.width", "curriculum.max_bins")
     )
-    bins = min(-(-steps // max(width, 1)), max_bins)
+    finite = steps - int(state["nonfinite_steps"][0])
+    if not (0 <= finite <= steps and 0 <= int(state["variance_steps"][0]) <= finite and width > 0):
+        raise AuditError("the steps these totals count do not agree: they are damaged, so use another copy.")
+    bins = min(-(-steps // width), max_bins)
     expected["curriculum.sums"] = (np.float32, (bins, *features))
     expected["curriculum.counts"] = (np.int64, (bins,))
     _check_arrays(state, expected)
+    if int(state["curriculum.counts"].sum()) != finite or not np.isfinite(state["sums.attribution"]).all():
+        raise AuditError(
+            "the sums and counts of these totals do not agree: they are damaged, so use another copy."
+        )
+    check_fits("the map over time", 4 * max_bins * features[0])
     unknown = sorted(set(state) - set(expected))
     if unknown:
         raise AuditError(

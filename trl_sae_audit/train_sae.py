@@ -25,6 +25,7 @@ from .health import Health, health_of, unknown_health
 from .hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
 from .residual_stream import TokenRules, residual_stream, token_windows
 from .sae import load_dictionary
+from .untrusted import read_json
 
 Architecture = Literal["topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "standard", "gated"]
 _DEFAULT_SPARSITY = {"jumprelu": 1.0, "standard": 3.0, "gated": 3.0}
@@ -411,7 +412,7 @@ def fault_of(health: Health, max_fvu: float = 0.9, max_dead: float = 0.9) -> str
 def _record_health(path: Path, health: Health) -> None:
     """Write the final figures into the saved metadata; what is not a number becomes null."""
     file = path / "cfg.json"
-    settings = json.loads(file.read_text())
+    settings = read_json(file)
     figures = {name: None if math.isnan(value) else value for name, value in asdict(health).items()}
     settings["metadata"]["held_out"] = figures
     file.write_text(json.dumps(settings, indent=2))

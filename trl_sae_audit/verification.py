@@ -245,7 +245,7 @@ def save_verifications(
     }
     tables = [each.features.assign(target=each.kind) for each in verifications]
     content = io.BytesIO()
-    pd.concat(tables, ignore_index=True).to_parquet(content, index=False)
+    pd.concat(tables, ignore_index=True).to_parquet(content, index=False, write_page_checksum=True)
     try:
         target.mkdir(parents=True, exist_ok=True)
         text = json.dumps(described, indent=1) + "\n"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from ..errors import AuditError
 from ..texts import read_texts
+from ..untrusted import parse_yaml, read_bytes
 
 
 @dataclass
@@ -94,17 +96,36 @@ def parse(
     if "--config" in argv and list(argv).index("--config") == len(argv) - 1:
         parser.error("argument --config: expected a file")
     try:
+        if "--config" in argv:
+            check_config(list(argv)[list(argv).index("--config") + 1])
         return parser.parse_args_and_config(list(argv))[: len(dataclasses)]
     except OSError as error:
         raise AuditError(f"the file of --config cannot be read: {error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AuditError(
-            f"the file of --config is not valid YAML: {' '.join(str(error).split())}."
-        ) from error
     except AuditError:
         raise
     except ValueError as error:
         raise AuditError(" ".join(str(error).split())) from error
+
+
+def check_config(path: str) -> None:
+    """Look at a file of options before `TrlParser` takes it at its word.
+
+    Raises:
+        AuditError: it is no valid YAML of names and values, or sets environment variables, which `TrlParser` would obey.
+    """
+    try:
+        options = parse_yaml(read_bytes(Path(path)))
+    except ValueError as error:
+        raise AuditError(f"the file of --config is not valid YAML of options: {error}.") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise AuditError(
+            "the file of --config must contain a YAML mapping of options, such as 'output_dir: runs/audit'."
+        )
+    if "env" in options:
+        raise AuditError(
+            "the file of --config sets environment variables ('env'), which could load other code; set them yourself if you "
+            "mean it."
+        )
 
 
 class _DefaultsWhereThereAreAny(argparse.ArgumentDefaultsHelpFormatter):
@@ -128,7 +149,7 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise AuditError(f"the model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     missing = sorted(loading["missing_keys"])
     if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..filter_plan import BALANCE
 from ..filtering import FilterResult, filter_preferences
 from ..flags import FlagSet
 from ..terminal import Justify, OutputArguments, table, to_copy
+from ..untrusted import parse_json
 from .arguments import parse
 from .preferences import PreferenceArguments
 
@@ -146,8 +146,8 @@ def _score(text: str) -> str | dict[str, float]:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise AuditError(
             f"--score {text} is not valid JSON ({error}); write '{{\"attribution\": 1}}'."
         ) from error

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 
 from ..errors import AuditError
 from ..preferences import Source
+from ..saved_datasets import load_saved
 
 
 @dataclass
@@ -34,8 +36,10 @@ class PreferenceArguments:
         if path.is_file() or self.dataset.endswith((".jsonl", ".json", ".gz", ".parquet")):
             return path
         try:
-            found = load_from_disk(path) if path.is_dir() else load_dataset(self.dataset)
-        except (OSError, ValueError) as error:
+            found = load_saved(path) if path.is_dir() else load_dataset(self.dataset)
+        except AuditError:
+            raise
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise AuditError(
                 f"The dataset {self.dataset!r} cannot be loaded: {' '.join(str(error).split())}"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..record import RunRecord
 from ..sae import load_dictionary
 from ..sampling import Sampling
 from ..terminal import Justify, OutputArguments, table
+from ..untrusted import read_json
 from ..verification import RANDOM, Verification, predictors_of, save_verifications, verify
 from .arguments import ModelArguments, load_model, parse
 from .preferences import PreferenceArguments, first_as_option
@@ -115,7 +115,10 @@ def read_source(path: str) -> Audit | RunRecord:
     manifest = Path(path) / "manifest.json"
     if not manifest.is_file():
         raise AuditError(f"{path} holds neither an audit nor a run's record; give the directory of one.")
-    is_record = "dictionaries" in json.loads(manifest.read_text())
+    try:
+        is_record = "dictionaries" in read_json(manifest)
+    except (OSError, ValueError, TypeError) as error:
+        raise AuditError(f"{manifest} cannot be read ({error}); restore it from a copy.") from error
     return RunRecord.load(path) if is_record else Audit.load(path)
 
 

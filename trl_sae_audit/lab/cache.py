@@ -10,6 +10,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from ..untrusted import is_inside, read_json
+from ..visible_text import visible
+
 CHECKSUMS = "checksums.json"
 """The file of a world's directory that holds the others' SHA-256; written last."""
 
@@ -58,10 +61,14 @@ def damage(directory: Path) -> str | None:
     if not checksums.is_file():
         return f"has no {CHECKSUMS}"
     try:
-        expected = json.loads(checksums.read_text())
-    except ValueError:
+        expected = read_json(checksums)
+    except (OSError, ValueError):
+        return f"has an unreadable {CHECKSUMS}"
+    if not isinstance(expected, dict) or not expected:
         return f"has an unreadable {CHECKSUMS}"
     for name, digest in expected.items():
+        if not is_inside(directory, name):
+            return f"has a {CHECKSUMS} that names {visible(name)}, which is not in it"
         path = directory / name
         if not path.is_file():
             return f"lacks {name}"

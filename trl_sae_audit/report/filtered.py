@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pandas as pd
 
 from ..errors import AuditError
 from ..filter_plan import rule_of
+from ..untrusted import is_inside, read_json
+from ..untrusted_tables import read_frame
 from .axes import Scale
 from .text import counted, plain, shown, signed
 
@@ -63,13 +66,30 @@ def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
     """
     directory = Path(directory)
     try:
-        record = json.loads((directory / "filter.json").read_bytes())
-        summary, settings, files = record["summary"], record["settings"], record["files"]
-        decisions = pd.read_parquet(directory / "decisions.parquet")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(directory / "filter.json")
+        decisions = read_frame(directory / "decisions.parquet", columns=("row", "action", "score", "reason"))
+        return _filtered(directory, record, decisions)
+    except AuditError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        StopIteration,
+        OverflowError,
+    ) as error:
         raise AuditError(
             f"{directory} was not written by `filter`, or is damaged ({error}); pass the output_dir of trl-sae-audit filter."
         ) from error
+
+
+def _filtered(directory: Path, record: Mapping[str, Any], decisions: pd.DataFrame) -> Filtered:
+    summary, settings, files = record["summary"], record["settings"], record["files"]
+    if not isinstance(files["dropped"], str) or not is_inside(directory, files["dropped"]):
+        raise ValueError(f"it names the file {files['dropped']!r}, which does not lie in it")
     parts = [
         f"{counted(summary[name], 'row')} {name}"
         for name in ("dropped", "flipped", "weighted")

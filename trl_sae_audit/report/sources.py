@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype, is_string_dtype
 from scipy.stats import t as student_t
 
 from ..errors import AuditError
@@ -18,7 +18,16 @@ from ..evidence_files import Evidence, read_evidence
 from ..outcomes import Outcome, read_outcomes
 from ..record import RunRecord
 from ..record_manifest import MANIFEST, read_manifest
+from ..untrusted import read_json
 
+_NUMBERS = {
+    "steps": ("step", "feature", "attribution", "standard_error"),
+    "gradient": ("step", "norm", "coverage", "coverage_random", "finite"),
+    "health": ("step", "fvu", "token_fvu", "l0"),
+    "drift": ("step", "drift"),
+    "log": ("step", "value"),
+}
+"""What a page reads of a run's tables; besides, `dictionary` of all but the log, `label` of the drift and `name` of the log."""
 _OF_THE_AUDIT = ("length_correlation", "length_q_value", "disparity", "active_examples", "predicted_change")
 
 
@@ -133,22 +142,23 @@ def _replaced(source: Source, **changes: Any) -> Source:
 def _kind(directory: Path) -> str:
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
     except OSError as error:
         raise AuditError(
             f"{directory} holds neither a run record nor an audit: {MANIFEST} cannot be read ({error.strerror}). Pass the "
             "output_dir of a run's callback or of an audit."
         ) from error
     except ValueError as error:
-        raise AuditError(f"{path} is damaged, it is not JSON ({error}); restore it from a copy.") from error
+        raise AuditError(
+            f"{path} is damaged, it cannot be read as JSON ({error}); restore it from a copy."
+        ) from error
     return "audit" if isinstance(manifest, dict) and "schema" in manifest else "run"
 
 
 def _run(directory: Path, name: str) -> Source:
     record = RunRecord.load(directory)
-    tables = {
-        each: record.table(each) for each in ("steps", "gradient", "health", "drift") if each in record.tables
-    }
+    tables = {each: _table(record, each) for each in _NUMBERS if each in record.tables}
+    log = tables.pop("log", None)
     views = []
     for described in record.dictionaries:
         own = described["name"]
@@ -177,8 +187,21 @@ def _run(directory: Path, name: str) -> Source:
         views,
         read_outcomes(directory),
         read_evidence(directory),
-        record.table("log") if "log" in record.tables else None,
+        log,
     )
+
+
+def _table(record: RunRecord, name: str) -> pd.DataFrame:
+    rows = record.table(name)
+    texts = {"log": ("name",), "drift": ("dictionary", "label")}.get(name, ("dictionary",))
+    for column in (*_NUMBERS[name], *texts) if len(rows) else ():
+        right = is_numeric_dtype if column in _NUMBERS[name] else is_string_dtype
+        if column not in rows or not right(rows[column].dtype):
+            raise AuditError(
+                f"Table {name!r} of the record in {record.directory} has no {column!r} that is a column of "
+                f"{'numbers' if right is is_numeric_dtype else 'texts'}; read it with the release that wrote it."
+            )
+    return rows
 
 
 def _run_features(frame: pd.DataFrame, watched: Mapping[str, int], steps: int) -> pd.DataFrame:

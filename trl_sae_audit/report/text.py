@@ -1,34 +1,12 @@
-"""Text that others wrote, made harmless and readable; numbers, made readable."""
+"""Numbers, made readable; and `shown`, for text that others wrote."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
 
-LONGEST = 2000
-_KEPT_CONTROLS = "\n\t"
+from ..visible_text import LONGEST, shown
 
-
-def shown(text: str, longest: int = LONGEST) -> str:
-    """`text` as a page can hold it: what would be invisible or turn the page around is written as its code point.
-
-    Control characters, lone surrogates, marks that change the direction of writing and line separators become `⟨U+202E⟩`; what
-    is beyond `longest` characters becomes a note of how much there is. Markup is the template's to escape.
-    """
-    rest = len(text) - longest
-    if rest > 0:
-        text = text[:longest]
-    safe = "".join(_visible(character) for character in text)
-    return f"{safe}… ({rest:,} more characters)" if rest > 0 else safe
-
-
-def _visible(character: str) -> str:
-    if character in _KEPT_CONTROLS:
-        return character
-    category = unicodedata.category(character)
-    if category in ("Cc", "Cs", "Cf", "Zl", "Zp") and character not in "\u200d\u200c\u00ad":
-        return f"⟨U+{ord(character):04X}⟩"
-    return character
+__all__ = ["LONGEST", "counted", "percent", "plain", "probability", "shown", "signed"]
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..errors import AuditError
+from ..untrusted import read_json
+from ..untrusted_tables import read_frame
 from .charts import HEIGHT, WIDTH, ticks
 from .text import counted, percent, plain, shown, signed
 
@@ -56,15 +57,15 @@ def read_verified(directory: str | os.PathLike[str]) -> list[Target]:
     """
     directory = Path(directory)
     try:
-        described = json.loads((directory / "verify.json").read_bytes())
+        described = read_json(directory / "verify.json")
         if described["schema_version"] != _SCHEMA:
             raise ValueError(f"schema version {described['schema_version']}, and this reads {_SCHEMA}")
-        table = pd.read_parquet(directory / "verify.parquet")
+        table = read_frame(directory / "verify.parquet", columns=("target", "feature", "realised"))
         return [
             _target(kind, found, table[table["target"] == kind])
             for kind, found in described["targets"].items()
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise AuditError(
             f"{directory} was not written by `verify`, or is damaged ({error}); pass the output_dir of trl-sae-audit verify."
         ) from error

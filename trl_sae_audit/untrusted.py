@@ -1,0 +1,180 @@
+"""Reading files that others wrote: nothing in them is run, no path leads out, no claim of theirs is allocated unseen.
+
+Every function here raises ValueError (or OSError) with a phrase that says what is wrong; the reader that calls it makes the
+sentence, with the file's name and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST_TEXT = 2**30
+"""Bytes of JSON read at most: a gigabyte, well above an evidence file of thousands of features."""
+_LARGEST_YAML = 2**20
+_MOST_NODES = 100_000
+"""Nodes of a YAML document with its aliases written out."""
+_DEEPEST = 64
+"""Levels of lists in lists: beyond what anybody means, and far below what Python can recurse into."""
+
+
+def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """The content of a regular file; a pipe or a device, which may never end, is refused.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no file, or larger than `most` bytes.
+    """
+    size = check_regular(path)
+    if size > most:
+        raise ValueError(f"it has {size:,} bytes, and at most {most:,} are read")
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def check_regular(path: Path) -> int:
+    """The size of a regular file; ValueError for anything else, OSError where nothing is."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    return status.st_size
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file, see `parse_json`."""
+    return parse_json(read_bytes(path))
+
+
+def parse_json(content: bytes | str) -> Any:
+    """JSON in which no name stands twice in an object, nested no deeper than 64.
+
+    Raises:
+        ValueError: it is none, or is not UTF-8.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found
+
+
+def check_depth(value: Any, deepest: int = _DEEPEST) -> None:
+    """Refuse, with a ValueError, lists and objects nested deeper than that."""
+    level = [value]
+    for _ in range(deepest):
+        level = [part for each in level if isinstance(each, (dict, list)) for part in _inner(each)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {deepest} levels")
+
+
+def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def parse_yaml(content: bytes | str) -> Any:
+    """YAML of plain values in which no key stands twice; aliases are understood, but not a tower of them.
+
+    Raises:
+        ValueError: it is none, is not UTF-8, or too large, deep, or large once its aliases are written out.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    if len(text) > _LARGEST_YAML:
+        raise ValueError(f"it has {len(text):,} characters, and at most {_LARGEST_YAML:,} are read")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node)
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        OverflowError,
+    ) as error:  # PyYAML's, for `!!timestamp x`, `!!bool x` …
+        raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from error
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    sizes: dict[int, int | None] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        known = sizes.get(id(node), 0)
+        if known is None:
+            raise ValueError("it contains itself")
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+        if known:
+            return known
+        sizes[id(node)] = None
+        total = 1
+        for part in _parts(node):
+            total += size(part, depth + 1)
+            if total > _MOST_NODES:
+                raise ValueError(f"it has more than {_MOST_NODES:,} values")
+        sizes[id(node)] = total
+        return total
+
+    size(root, 0)
+
+
+def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise ValueError(f"{key.value!r} stands in it twice (line {key.start_mark.line + 1})")
+                seen.add(key.value)
+            yield from (key, value)
+
+
+def is_inside(directory: Path, file: str) -> bool:
+    """Whether `file`, a path that stood in some file, is one in `directory`, also once links are followed."""
+    if "\0" in file or Path(file).is_absolute():
+        return False
+    try:
+        (directory / file).exists()
+        return (directory / file).resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links; a name too long or not to be encoded
+        return False
+
+
+def check_fits(what: str, n_bytes: int) -> None:
+    """Refuse, with a ValueError, what is claimed to need more memory than this process may have."""
+    limit = memory()
+    if n_bytes > limit:
+        raise ValueError(
+            f"{what} would take {n_bytes / 2**30:,.1f} GiB, and there are {limit / 2**30:,.1f} in all"
+        )
+
+
+def memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or its limit if that is lower."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return machine if limit == resource.RLIM_INFINITY else min(machine, limit)
