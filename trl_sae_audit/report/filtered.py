@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from ..errors import AuditError
 from ..filter_plan import rule_of
@@ -68,6 +69,8 @@ def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
     try:
         record = read_json(directory / "filter.json")
         decisions = read_frame(directory / "decisions.parquet", columns=("row", "action", "score", "reason"))
+        if not all(is_numeric_dtype(decisions[name].dtype) for name in ("row", "score")):
+            raise ValueError("the rows or scores in decisions.parquet are not numbers")
         return _filtered(directory, record, decisions)
     except AuditError:
         raise

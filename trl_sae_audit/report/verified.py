@@ -61,6 +61,9 @@ def read_verified(directory: str | os.PathLike[str]) -> list[Target]:
         if described["schema_version"] != _SCHEMA:
             raise ValueError(f"schema version {described['schema_version']}, and this reads {_SCHEMA}")
         table = read_frame(directory / "verify.parquet", columns=("target", "feature", "realised"))
+        texts = table.drop(columns="target").select_dtypes(exclude="number").columns
+        if len(texts):
+            raise ValueError(f"column {texts[0]!r} of verify.parquet is not of numbers")
         return [
             _target(kind, found, table[table["target"] == kind])
             for kind, found in described["targets"].items()
