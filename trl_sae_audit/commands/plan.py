@@ -242,10 +242,10 @@ def shown(
     kept = {4: "float32", 2: "16 bits"}[dictionary.weight_bytes]
     yield (
         f"{model.name}: {count(model.parameters)} weights, {model.layers} layers of {model.width:,}, vocabulary {model.vocabulary:,}\n"
-        f"{run.objective.upper()}: {run.steps:,} steps; {run.processes:,} processes x {run.accumulation} x {run.batch} examples of "
-        f"{rows} x {run.tokens:,} tokens\n"
+        f"{run.objective.upper()}: {run.steps:,} steps, a log every {run.logging_steps}\n"
+        f"a step: {run.processes:,} processes x {run.accumulation} x {run.batch} examples of {rows} x {run.tokens:,} tokens\n"
         f"dictionary: {dictionary.features:,} features after layer {dictionary.layer}, kept in {kept}"
-        f"{', offloaded' if dictionary.offload else ''}; a log every {run.logging_steps} steps"
+        f"{', offloaded' if dictionary.offload else ''}"
     )
     step = [
         ("FLOPs of training", count(planned.train_flops), ""),
