@@ -101,6 +101,18 @@ def test_sycophancy(studies, world, monkeypatch):
     kinds = pd.DataFrame(cells[0]["rows"]).count()
     assert kinds["agrees"] == kinds["right, wrong belief"] == 6
     assert kinds["right, true belief"] == kinds["right, no belief"] == 3
+    import gemma_sycophancy
+
+    rows = pd.DataFrame(
+        [
+            {"answer": " Yes, it is.", "agrees": 1.0, "right, true belief": None},
+            {"answer": " No, yes.", "agrees": 0.0, "right, true belief": None},
+            {"answer": " yes: Paris", "agrees": None, "right, true belief": 1.0},
+        ]
+    )
+    words = gemma_sycophancy.with_first_word(rows)
+    assert words["says yes"].dropna().tolist() == [1, 0]
+    assert words["says yes, true belief"].dropna().tolist() == [1]
     assert "gemma-sycophancy.svg" in (studies / "docs" / "gemma-sycophancy.md").read_text()
 
 

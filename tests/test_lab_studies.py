@@ -50,7 +50,7 @@ def test_both_write_their_report(studies, monkeypatch):
     import prediction
     import recovery
 
-    two_runs = {**prediction.cells(1)[0], "runs": 2}
+    two_runs = {**prediction.cells(1)[1], "runs": 2}
     cells = {"prediction": [two_runs], "recovery": recovery.cells(1)[:2]}
     monkeypatch.setattr(prediction, "cells", lambda seeds: cells["prediction"])
     monkeypatch.setattr(recovery, "cells", lambda seeds: cells["recovery"])
@@ -126,6 +126,25 @@ def test_what_runs_share_is_the_r2_of_the_common_part(studies):
     of_mean = rows.loc[("mean of the runs", "common")]
     assert of_mean["r2"] == pytest.approx(0.75, abs=0.03)
     assert of_mean["shared"] == pytest.approx(0.75, abs=0.03)
+    alone = pd.DataFrame(prediction._compared({"common": common}, runs[:1], 3))
+    assert set(alone["of"]) == {"one run"}
+
+
+def test_of_a_world_with_several_runs_these_are_reported(studies):
+    import prediction
+
+    row = {
+        "seed": 0,
+        "plant": "agrees",
+        "steps": [3],
+        "run_steps": 3,
+        "target": "sampled",
+        "score": "disparity",
+    }
+    several = [row | {"of": of, "shared": 0.9, "r2": 0.5} for of in ("one run", "mean of the runs")]
+    found = prediction.latest(pd.DataFrame([row | {"r2": 0.4}, *several]))
+    assert found["r2"].tolist() == [0.5, 0.5]
+    assert prediction.latest(pd.DataFrame([row | {"r2": 0.4}]))["of"].tolist() == ["one run"]
 
 
 def test_the_table_over_training(studies):

@@ -50,49 +50,45 @@ HELD_OUT_PAIRS, HELD_OUT_PROMPTS = 250, 500
 WRITING = Sampling(answers=4, max_new_tokens=56, seed=2)
 READ, WRITTEN = "teacher-forced", "sampled"
 ONE_RUN, MEAN_RUN = "one run", "mean of the runs"
+SEVERAL = {0: 3, 3: 3, 2: 2, 1: 2, 4: 2}
+"""Of which of the first worlds there are how many runs, those first whose runs agree most and least."""
 SWAPPED, SECOND_RUN, RANDOM_DIRECTIONS = ", labels swapped", "a second run", "attribution, random directions"
 BATCH = 64
 
 
 def cells(seeds: int) -> list[Cell]:
-    """All seeds and behaviours early, with every control; then the other worlds; then in two worlds a longer run, looked at three times.
-
-    Of every world there are several runs, which differ in the order of the pairs: what they share is all that can be foretold.
-    """
+    """One run a world, all seeds and behaviours early; of the first worlds several runs, which differ in the order of the
+    pairs, and the control; the other worlds; at last, in two worlds, a longer run, looked at three times."""
     worlds = [
-        {
-            "seed": seed,
-            "plant": PLANTS[(seed + shift) % len(PLANTS)],
-            "steps": [STEPS],
-            "runs": 2 if shift else 3,
-            "control": not shift,
-        }
+        {"seed": seed, "plant": PLANTS[(seed + shift) % len(PLANTS)], "steps": [STEPS]}
         for shift in range(len(PLANTS))
         for seed in range(seeds)
     ]
-    longer = [
-        {"seed": seed, "plant": "agrees", "steps": list(OVER_TRAINING), "runs": 2, "control": False}
-        for seed in range(min(seeds, 2))
+    several = [
+        {**worlds[place], "runs": runs, "control": True} for place, runs in SEVERAL.items() if place < seeds
     ]
-    return worlds + longer
+    longer = [
+        {"seed": seed, "plant": "agrees", "steps": list(OVER_TRAINING)} for seed in range(min(seeds, 2))
+    ]
+    return worlds[:seeds] + several + worlds[seeds:] + longer
 
 
 def run(cell: Cell) -> Iterable[dict[str, Any]]:
-    """Scores before training, some runs, and how well each score predicted them at each length: a row a score and target.
+    """Scores before training, one run or several, and how well each score predicted them at each length.
 
-    `of` says what is predicted: the first run, or what the runs have in common, their mean. `shared` is the R² with it that a
-    score could have which knows what all such runs have in common.
+    A row a score and target. `of` says what is predicted: the first run, or what the runs have in common, their mean. `shared`
+    is the R² with it that a score could have which knows what all such runs have in common.
     """
     world = build_world(cell["seed"], progress=False)
     dictionary = load_dictionary(world.dictionary_path)
     pairs = planted_pairs(world, cell["plant"], STRENGTH)
     meter = _meter(cell["seed"])
     name = f"{cell['plant']}-{STRENGTH}"
-    runs = [meter.changes(pairs, name, cell["steps"], order) for order in range(cell["runs"])]
+    runs = [meter.changes(pairs, name, cell["steps"], order) for order in range(cell.get("runs", 1))]
     for steps in cell["steps"]:
         audit = audited(world, pairs, name, dictionary, steps)
         scores = scores_of(audit) | {RANDOM_DIRECTIONS: along_random_directions(audit, cell["seed"])}
-        if cell["control"]:
+        if cell.get("control"):
             others = swapped(pairs, cell["seed"])
             control = audited(world, others, f"{cell['plant']}-swapped", dictionary, steps)
             scores |= {name + SWAPPED: value for name, value in scores_of(control).items()}
@@ -104,13 +100,15 @@ def _compared(
     scores: dict[str, np.ndarray], changes: Sequence[RealisedChange], steps: int
 ) -> Iterable[dict[str, Any]]:
     """Scores against the first of some runs, and against their mean."""
-    again = agreement(changes)
-    second = {SECOND_RUN: changes[1].change}
-    of_mean = len(changes) * again / (1 + (len(changes) - 1) * again)
-    for of, target, known, shared in (
-        (ONE_RUN, changes[0], scores | second, again),
-        (MEAN_RUN, mean_change(changes), scores, of_mean),
-    ):
+    targets = [(ONE_RUN, changes[0], scores, np.nan)]
+    if len(changes) > 1:
+        again = agreement(changes)
+        of_mean = len(changes) * again / (1 + (len(changes) - 1) * again)
+        targets = [
+            (ONE_RUN, changes[0], scores | {SECOND_RUN: changes[1].change}, again),
+            (MEAN_RUN, mean_change(changes), scores, of_mean),
+        ]
+    for of, target, known, shared in targets:
         found = verify(known, target, draws=200)
         for row in found.table.to_dict("records"):
             yield {
@@ -314,9 +312,10 @@ def by_world(rows: pd.DataFrame, target: str, scores: list[str]) -> pd.DataFrame
             value, low, high = by_score.loc[score, ["r2", "r2_low", "r2_high"]].to_numpy(np.float64)
             line[score] = f"{value:.2f} ({low:.2f} to {high:.2f})"
         line["slope of the first"] = f"{float(world[world['score'] == scores[0]]['slope'].iloc[0]):.2f}"
-        line["what runs share"] = f"{float(first['shared']):.2f}"
         line["given the prompts"] = f"{float(first['ceiling']):.2f}"
-        line["the first, of the mean run"] = f"{common.loc[[scores[0]], 'r2'].mean():.2f}"
+        if len(common):
+            line["what runs share"] = f"{world['shared'].max():.2f}"
+            line["the first, of the mean run"] = f"{common.loc[[scores[0]], 'r2'].mean():.2f}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
 
@@ -379,8 +378,19 @@ def attainable(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
+def latest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of a world with one run and with several, the rows of the several, which have the one among them."""
+    if "of" not in rows:
+        rows = rows.assign(of=ONE_RUN, shared=np.nan)
+    rows = rows.assign(of=rows["of"].fillna(ONE_RUN), length=rows["steps"].map(len))
+    return rows.drop_duplicates(
+        ["seed", "plant", "length", "run_steps", "target", "of", "score"], keep="last"
+    )
+
+
 def report(rows: pd.DataFrame) -> None:
     """Write docs/studies/prediction.md."""
+    rows = latest(rows)
     longer = rows["steps"].map(len) > 1
     everything, long = rows[~longer], rows[longer & (rows["of"] == ONE_RUN)]
     short = everything[everything["of"] == ONE_RUN]
@@ -388,7 +398,8 @@ def report(rows: pd.DataFrame) -> None:
     predictors = list(NAMES.values())
     best = {target: means[target][predictors].idxmax() for target in (READ, WRITTEN)}
     worlds = short.groupby(["seed", "plant"]).ngroups
-    controlled = short[short["control"]].groupby(["seed", "plant"]).ngroups
+    controlled = short[short["score"] == best[READ] + SWAPPED].groupby(["seed", "plant"]).ngroups
+    several = everything[everything["shared"].notna()]
     sections = [
         f"{worlds} worlds ({short['seed'].nunique()} seeds × {short['plant'].nunique()} planted behaviours, each planted in "
         f"{STRENGTH:.0%} of 640 pairs in half of which a right answer wins). A DPO run of {STEPS} AdamW steps of 16 pairs with "
@@ -408,13 +419,14 @@ def report(rows: pd.DataFrame) -> None:
         "Runs that differ in nothing but the order of the pairs do not change features alike. What they have in common is all that can "
         "be known before one of them: *what runs share* is their mean correlation over features, the R² of the common part with one "
         "run, and of the mean of several runs what Spearman and Brown's formula makes of it. It holds sampling noise as well.",
-        markdown_table(attainable(everything, best)),
+        f"{several.groupby(['seed', 'plant']).ngroups} worlds:",
+        markdown_table(attainable(several, best)),
         "## Ahead of the others",
         markdown_table(leads(short, best)),
         "## World by world",
         "R² with intervals over prompts: within one run, scores are apart where these are. The slope is 1 where sizes are right as "
         "well. *What runs share*: see above; *given the prompts*: the R² to expect of a perfect score of this one run, given the number "
-        "of prompts. *Of the mean run*: of two or three runs together.",
+        "of prompts. *Of the mean run*: of two or three runs together. Empty where there was one run.",
         "Reading:",
         markdown_table(
             by_world(everything, READ, [best[READ], "disparity", best[READ] + SWAPPED, SECOND_RUN])
