@@ -35,17 +35,24 @@ class Growth(TrainerCallback):
         self.process = psutil.Process()
         self.rows: list[list[str]] = []
         self.peak = 0
-        self.began = time.perf_counter()
+        self.began = self.clocks()
+
+    @staticmethod
+    def clocks() -> tuple[float, float]:
+        """Wall clock and processor time, in ms."""
+        return 1000 * time.perf_counter(), 1000 * time.process_time()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = self.clocks()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         if step % max(1, self.tenth // SAMPLES) == 0:
             self.peak = max(self.peak, self.process.memory_info().rss)
         if step % self.tenth == 0:
-            took = 1000 * (time.perf_counter() - self.began) / self.tenth
+            took, busy = (
+                (now - then) / self.tenth for now, then in zip(self.clocks(), self.began, strict=True)
+            )
             files = [path for path in self.record.rglob("*") if path.is_file()]
             rows, totals = (
                 sum(path.stat().st_size for path in files if path.suffix == suffix)
@@ -55,6 +62,7 @@ class Growth(TrainerCallback):
                 [
                     f"{step:,}",
                     f"{took:.2f}",
+                    f"{busy:.2f}",
                     f"{self.peak / 2**20:.0f}",
                     f"{rows / 2**20:.2f}",
                     f"{rows / step:.0f}",
@@ -63,7 +71,7 @@ class Growth(TrainerCallback):
                 ]
             )
             print(" | ".join(self.rows[-1]), flush=True)
-            self.began, self.peak = time.perf_counter(), 0
+            self.began, self.peak = self.clocks(), 0
 
 
 def main() -> None:
@@ -122,6 +130,7 @@ def main() -> None:
     for column in (
         "steps",
         "ms a step",
+        "of a processor",
         "peak resident MiB",
         "rows MiB",
         "bytes of rows a step",

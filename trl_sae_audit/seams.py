@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.training_args import ParallelMode
 
 from .errors import AuditError
 from .method_wraps import MethodWraps
@@ -61,11 +60,6 @@ class Seams:
     """Wraps a trainer's methods so that `listener` hears of its micro-batches, steps and logs."""
 
     def __init__(self, trainer: Trainer, listener: Listener) -> None:
-        if trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
-            raise AuditError(
-                f"One process drives {trainer.args.n_gpu} GPUs (torch.nn.DataParallel), which runs copies of the model at "
-                "once. Start one process a GPU with accelerate launch, or show it one with CUDA_VISIBLE_DEVICES."
-            )
         self.kind = trainer_kind(trainer)
         self.layout = LAYOUTS[self.kind]
         self._trainer = trainer
