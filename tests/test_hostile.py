@@ -32,7 +32,7 @@ from trl_sae_audit.evidence_files import Evidence, Example, Token, read_evidence
 from trl_sae_audit.outcomes import Outcome, read_outcomes, write_outcomes
 from trl_sae_audit.preferences import iterate_rows
 from trl_sae_audit.texts import read_texts
-from trl_sae_audit.untrusted import parse_json, parse_yaml
+from trl_sae_audit.untrusted import parse_json, parse_yaml, read_json
 from trl_sae_audit.untrusted_tables import iterate_parquet, read_frame, sealed, unsealed
 from trl_sae_audit.visible_text import as_json, visible
 
@@ -364,6 +364,20 @@ def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, name):
         file.symlink_to("/dev/zero")
         with pytest.raises(AuditError):
             reader.read(tmp_path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    path, fstat = tmp_path / "manifest.json", os.fstat
+    path.write_text('{"a": 1}')
+
+    def replaced(descriptor):
+        (tmp_path / "new").write_text('{"a": 1, "longer": 2}')
+        (tmp_path / "new").replace(path)
+        return fstat(descriptor)
+
+    monkeypatch.setattr("trl_sae_audit.untrusted.os.fstat", replaced)
+    assert read_json(path) == {"a": 1}
+    assert read_json(path) == {"a": 1, "longer": 2}
 
 
 def test_a_million_million_features_are_not_allocated(tmp_path):

@@ -31,16 +31,20 @@ def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
     Raises:
         OSError: it cannot be read. ValueError: it is no file, or larger than `most` bytes.
     """
-    size = check_regular(path)
-    if size > most:
-        raise ValueError(f"it has {size:,} bytes, and at most {most:,} are read")
-    with path.open("rb") as file:
+    # opened before it is looked at, so that both are of one file where another takes its place; a pipe does not make it wait
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        size = _size_of_regular(os.fstat(file.fileno()))
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, and at most {most:,} are read")
         return file.read(size)
 
 
 def check_regular(path: Path) -> int:
     """The size of a regular file; ValueError for anything else, OSError where nothing is."""
-    status = path.stat()
+    return _size_of_regular(path.stat())
+
+
+def _size_of_regular(status: os.stat_result) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
     return status.st_size
