@@ -88,7 +88,7 @@ def test_predictions_are_of_the_moved_model(tokenizer):
                     batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
                 )
             states.append(output.hidden_states[2][batch["completion_mask"].bool()])
-        means.append((torch.cat(states) @ dictionary.directions.T).mean(0))
+        means.append((torch.cat(states) @ dictionary.directions.double().T).mean(0))
     torch.testing.assert_close(found["rehearsed_sampled_change"], means[1] - means[0])
     assert means[1].sub(means[0]).abs().max() > 0
 

@@ -121,7 +121,7 @@ class TestTexts:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(AuditError, match="There is no file"):
             read_texts(tmp_path / "none.jsonl", make_tokenizer())
-        with pytest.raises(AuditError, match="not a data set saved by datasets"):
+        with pytest.raises(AuditError, match="holds no dataset made by save_to_disk"):
             read_texts(tmp_path, make_tokenizer())
         file = self.write(tmp_path / "rows.jsonl", [PAIR])
         with pytest.raises(AuditError, match="no column 'reply'"):
