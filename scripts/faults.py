@@ -489,6 +489,8 @@ FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 def clock(bench: Bench) -> Iterator[Result]:
     """The computer's clock jumps ten years forward and twenty back, several times (libfaketime, in a new process)."""
+    if not FAKETIME.is_file():
+        raise SystemExit(f"There is no {FAKETIME}; install it (Debian: apt-get install libfaketime).")
     directory = bench.root / "clock"
     directory.mkdir()
     (directory / "now").write_text("+0")
