@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from trainers import arguments
-from transformers import Trainer
+from transformers import Trainer, trainer_jit_checkpoint
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from worlds import make_dictionary, make_model, make_reward_model, make_tokenizer, prompts, reward_by_length
 
@@ -183,6 +185,44 @@ def test_a_resumed_run_continues_with_the_same_coefficients(tmp_path: Path) -> N
     (tmp_path / "out" / "checkpoint-2" / "sae_shaping.json").unlink()
     with pytest.raises(AuditError, match="resume without ShapingCallback"):
         run(tmp_path, str(tmp_path / "out" / "checkpoint-2"))
+
+
+@pytest.mark.newest
+def test_a_checkpoint_made_on_sigterm_in_the_midst_of_a_step_has_its_coefficients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_jit_checkpoint.CheckpointManager, "setup_signal_handler", lambda self: None)
+
+    def run(name: str, in_call: int, failing: bool = False, **overrides: Any) -> Path:
+        """`in_call`: the call of the reward, in the midst of a step, in which the signal, or an error, comes."""
+
+        def interrupted(completions: Any, **kwargs: Any) -> list[float]:
+            if len(vars(shaped).get("calls", [])) == in_call - 1:
+                assert not failing, "the reward fails"
+                (jit,) = [
+                    callback
+                    for callback in trainer.callback_handler.callbacks
+                    if isinstance(callback, trainer_jit_checkpoint.JITCheckpointCallback)
+                ]
+                assert jit.jit_manager is not None
+                jit.jit_manager.is_checkpoint_requested = True
+            return reward_by_length(completions)
+
+        shaped = Asked(interrupted, scorer(), FLAGS, AdaptivePenalty(target=-1.0, proportional=0.3))
+        settings = {"gradient_accumulation_steps": 1, "max_steps": 4, **overrides}
+        trainer = policy_gradient("GRPO", tmp_path / name, shaped, **settings)
+        trainer.add_callback(ShapingCallback(shaped))
+        with pytest.raises(AssertionError, match="reward fails") if failing else contextlib.nullcontext():
+            trainer.train()
+        assert "_save_checkpoint" not in vars(trainer)
+        assert "_run_epoch" not in vars(trainer)
+        return tmp_path / name / "out" / "checkpoint-2" / "sae_shaping.json"
+
+    told = run("told", 5, save_strategy="steps", save_steps=2)
+    untold = run("untold", 3, enable_jit_checkpoint=True)
+    assert json.loads(untold.read_text()) == json.loads(told.read_text())
+    assert max(json.loads(untold.read_text())[0]["lambdas"]) > 0
+    run("failing", 2, failing=True, enable_jit_checkpoint=True)
 
 
 @pytest.mark.newest
