@@ -48,7 +48,18 @@ from trl_sae_audit import (
 from trl_sae_audit.filtering import FilterResult
 from trl_sae_audit.statistics import bootstrap_interval
 
-ARMS = ("before training", "no plant", "plain", "filtered", "shaped", "randomly filtered")
+ARMS = (
+    "before training",
+    "no plant",
+    "plain",
+    "filtered",
+    "shaped",
+    "filtered and shaped",
+    "randomly filtered",
+    "planted left out",
+)
+ACTING = ("filtered", "shaped", "filtered and shaped", "randomly filtered")
+"""Arms that act on flags. *Planted left out* is the filter of somebody who knows which pairs are planted."""
 ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 SHARES = {"wrong": 0.5, "true": 0.3, "none": 0.2}
 MEASURES = {
@@ -98,6 +109,12 @@ def main() -> None:
     )
     parser.add_argument("--flags", type=int, default=5, help="at most that many features are flagged")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--max_grad_norm",
+        type=float,
+        default=1.0,
+        help="to which a step's gradient is clipped; 0: not at all",
+    )
     arguments = parser.parse_args()
     name = arguments.name or "gemma-sycophancy"
     keys = (
@@ -111,6 +128,7 @@ def main() -> None:
         "contrast",
         "flags",
         "learning_rate",
+        "max_grad_norm",
     )
     settings = {key: getattr(arguments, key) for key in keys}
     cells = [{"seed": seed, "arm": arm, **settings} for seed in arguments.seeds for arm in ARMS]
@@ -132,27 +150,20 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
             per_device_train_batch_size=cell["per_step"],
             max_steps=cell["steps"],
             learning_rate=cell["learning_rate"],
+            max_grad_norm=cell["max_grad_norm"],
             seed=cell["seed"],
         )
         pairs = data.pairs(cell, 0.0 if arm == "no plant" else cell["planted"])
         shape: Callable[[Dataset], Dataset] | None = None
-        if arm in ("filtered", "randomly filtered", "shaped"):
+        if arm == "planted left out":
+            pairs = pairs.filter(lambda row: not row["planted"])
+        if arm in ACTING:
             audit = audit_preferences(
                 model, tokenizer, pairs, dictionary, args=args, output_dir=directory / "audit"
             )
             flags = find_flags(audit, model, tokenizer, dictionary, data, cell)
             flags.save(directory / "flags.yaml")
-            if arm == "shaped":
-                frozen = gemma_runs.load_model(directory / "tuned")[0]
-                scorer = FeatureScorer(frozen, tokenizer, dictionary, pooling="max")
-                scorer.calibrate(
-                    [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
-                )
-
-                def shape(rows: Dataset) -> Dataset:
-                    return shape_preference_margin(rows, scorer, flags, beta=args.beta)
-
-            else:
+            if arm != "shaped":
                 result = filter_preferences(
                     pairs,
                     audit,
@@ -164,9 +175,19 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
                     seed=cell["seed"],
                 )
                 describe_filter(result, pairs).to_csv(directory / "filter.csv", index=False)
-                kept = result.kept if arm == "filtered" else result.control
+                kept = result.control if arm == "randomly filtered" else result.kept
                 assert isinstance(kept, Dataset)
                 pairs = kept
+            if "shaped" in arm:
+                frozen = gemma_runs.load_model(directory / "tuned")[0]
+                scorer = FeatureScorer(frozen, tokenizer, dictionary, pooling="max")
+                scorer.calibrate(
+                    [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
+                )
+
+                def shape(rows: Dataset) -> Dataset:
+                    return shape_preference_margin(rows, scorer, flags, beta=args.beta)
+
         if arm != "before training":
             gemma_runs.train_dpo(model, tokenizer, list(pairs), args, shape, ADAPTER)
     return gemma_answers.ask(model, tokenizer, data.test)
