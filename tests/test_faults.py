@@ -24,7 +24,10 @@ from transformers import TrainerCallback
 from trl_sae_audit import RunRecord, record_files, record_keeping
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import faults
+from scenarios.directories import directories, two_runs
+from scenarios.kills import begin, kills
+from scenarios.processes import dead_rank
+from scenarios.trainings import At, Bench, Result, last_checkpoint, make_parts, wait
 
 pytestmark = pytest.mark.newest
 
@@ -42,29 +45,29 @@ class DieAt(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> faults.Bench:
-    return faults.Bench(tmp_path_factory.mktemp("faults"), faults.make_parts())
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"), make_parts())
 
 
-def all_of(results: Iterator[faults.Result]) -> int:
+def all_of(results: Iterator[Result]) -> int:
     """How often a fault was tried, each time with the result it must have."""
     return sum(times for _, times, _ in results)
 
 
-def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(bench: faults.Bench) -> None:
-    assert all_of(faults.kills(bench, 3, seed=1)) >= 3
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(bench: Bench) -> None:
+    assert all_of(kills(bench, 3, seed=1)) >= 3
 
 
-def test_a_directory_that_is_removed_moved_or_replaced_does_not_end_the_training(bench: faults.Bench) -> None:
-    assert all_of(faults.directories(bench)) == 3
+def test_a_directory_that_is_removed_moved_or_replaced_does_not_end_the_training(bench: Bench) -> None:
+    assert all_of(directories(bench)) == 3
 
 
-def test_a_second_run_is_refused_and_a_dead_ones_lock_is_no_hindrance(bench: faults.Bench) -> None:
-    assert all_of(faults.two_runs(bench)) == 1
+def test_a_second_run_is_refused_and_a_dead_ones_lock_is_no_hindrance(bench: Bench) -> None:
+    assert all_of(two_runs(bench)) == 1
 
 
-def test_a_process_that_dies_ends_the_others_and_the_record_stays_readable(bench: faults.Bench) -> None:
-    assert all_of(faults.dead_rank(bench)) == 2
+def test_a_process_that_dies_ends_the_others_and_the_record_stays_readable(bench: Bench) -> None:
+    assert all_of(dead_rank(bench)) == 2
 
 
 def refuse(path: Path, content: bytes) -> Path:
@@ -72,16 +75,14 @@ def refuse(path: Path, content: bytes) -> Path:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_disk_that_takes_nothing_for_a_while_costs_nothing(bench: faults.Bench) -> None:
+def test_a_disk_that_takes_nothing_for_a_while_costs_nothing(bench: Bench) -> None:
     directory = bench.root / "refused"
     write = record_files.write_temporary
     actions = {
         f"step{step}": partial(setattr, record_files, "write_temporary", how)
         for step, how in ((5, refuse), (14, write))
     }
-    assert faults.wait(bench.start(directory, faults.At(**actions), save_strategy="no")) == 0, bench.said(
-        directory
-    )
+    assert wait(bench.start(directory, At(**actions), save_strategy="no")) == 0, bench.said(directory)
     assert not bench.differences(directory)
     said = bench.said(directory)
     assert said.count("could not be written at step 5 (No space left on device)") == 1
@@ -89,57 +90,57 @@ def test_a_disk_that_takes_nothing_for_a_while_costs_nothing(bench: faults.Bench
     assert "is written again, up to step 14" in said
 
 
-def test_a_record_that_cannot_be_written_for_too_long_is_given_up(bench: faults.Bench) -> None:
+def test_a_record_that_cannot_be_written_for_too_long_is_given_up(bench: Bench) -> None:
     directory = bench.root / "given-up"
 
     def fill() -> None:
         record_keeping.MOST_WAITING = 20_000
         record_files.write_temporary = refuse
 
-    callback = faults.At(step5=fill)
-    assert faults.wait(bench.start(directory, callback, save_strategy="no")) == 0, bench.said(directory)
+    callback = At(step5=fill)
+    assert wait(bench.start(directory, callback, save_strategy="no")) == 0, bench.said(directory)
     assert "so the record is given up: it ends at step 4" in bench.said(directory)
     assert RunRecord.load(directory / "record").last_step == 4
     assert not bench.different_weights(directory)
 
 
-def test_dying_between_the_trainers_part_of_a_checkpoint_and_ours(bench: faults.Bench) -> None:
+def test_dying_between_the_trainers_part_of_a_checkpoint_and_ours(bench: Bench) -> None:
     directory = bench.root / "between"
-    assert faults.wait(bench.start(directory, DieAt("on_save", 6))) == -signal.SIGKILL
+    assert wait(bench.start(directory, DieAt("on_save", 6))) == -signal.SIGKILL
     state = directory / "out" / "checkpoint-6" / "sae_audit_0"
     shutil.rmtree(state)
-    assert faults.wait(bench.start(directory, DieAt("on_step_end", 8))) == -signal.SIGKILL
+    assert wait(bench.start(directory, DieAt("on_step_end", 8))) == -signal.SIGKILL
     assert (state / "state.json").exists(), (
         "the next resume from here must not depend on where the record ends"
     )
     assert RunRecord.load(directory / "record").last_step > 6
-    assert faults.wait(bench.start(directory)) == 0, bench.said(directory)
+    assert wait(bench.start(directory)) == 0, bench.said(directory)
     assert not bench.differences(directory)
 
 
 def test_killed_before_the_first_checkpoint_the_same_run_begins_anew_and_another_does_not(
-    bench: faults.Bench,
+    bench: Bench,
 ) -> None:
     directory = bench.root / "early"
-    assert faults.wait(bench.start(directory, DieAt("on_step_end", 2))) == -signal.SIGKILL
+    assert wait(bench.start(directory, DieAt("on_step_end", 2))) == -signal.SIGKILL
     assert RunRecord.load(directory / "record").last_step == 1
-    assert faults.wait(bench.start(directory, learning_rate=1e-4)) == 1
+    assert wait(bench.start(directory, learning_rate=1e-4)) == 1
     assert "holds the record of another run" in bench.said(directory)
-    assert faults.wait(bench.start(directory)) == 0, bench.said(directory)
+    assert wait(bench.start(directory)) == 0, bench.said(directory)
     assert "killed before its first checkpoint: it begins anew" in bench.said(directory)
     assert not bench.differences(directory)
 
 
-def test_sigterm_with_a_last_checkpoint(bench: faults.Bench) -> None:
+def test_sigterm_with_a_last_checkpoint(bench: Bench) -> None:
     """The trainer saves it in the midst of a step, and tells no callback."""
     directory = bench.root / "jit"
-    child = faults.begin(bench, directory, 0, jit=True)
+    child = begin(bench, directory, 0, jit=True)
     time.sleep(0.2)
     os.kill(child, signal.SIGTERM)
-    assert faults.wait(child) == 0, bench.said(directory)
+    assert wait(child) == 0, bench.said(directory)
     assert not (directory / "weights").exists(), "the training was over before it was told to end"
-    last = faults.last_checkpoint(directory / "out")
+    last = last_checkpoint(directory / "out")
     assert last is not None
     assert json.loads((Path(last) / "sae_audit_0" / "state.json").read_text())["step"] > 0
-    assert faults.wait(bench.start(directory, enable_jit_checkpoint=True)) == 0, bench.said(directory)
+    assert wait(bench.start(directory, enable_jit_checkpoint=True)) == 0, bench.said(directory)
     assert not bench.differences(directory)
