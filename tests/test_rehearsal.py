@@ -20,11 +20,14 @@ def tokenizer():
     return make_tokenizer()
 
 
-def by_hand(model, tokenizer, rule, steps, reference):
-    """Two long steps, on the first four pairs and on the last two (the batches of `look`), by autograd on a copy."""
+HALVES, TWICE_ALL = (slice(0, 4), slice(4, 6)), (slice(0, 6), slice(0, 6))
+
+
+def by_hand(model, tokenizer, rule, steps, reference, parts):
+    """Two long steps on those pairs (of which the first four and the last two are the batches of `look`), by autograd on a copy."""
     moved = copy.deepcopy(model)
     squares = []
-    for rows in (slice(0, 4), slice(4, 6)):
+    for rows in parts:
         moved.zero_grad()
         mean_loss(moved, tokenizer, reference, rows=rows).backward()
         mean = {name: value.grad.clone() for name, value in moved.named_parameters()}
@@ -44,21 +47,24 @@ def by_hand(model, tokenizer, rule, steps, reference):
 
 @pytest.mark.parametrize("with_reference", [False, True])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_against_the_same_steps_by_hand(tokenizer, kind, with_reference):
+@pytest.mark.parametrize(("steps", "parts"), [(3, HALVES), (10, TWICE_ALL)])
+def test_against_the_same_steps_by_hand(tokenizer, kind, with_reference, steps, parts):
+    """A run of three steps of two pairs has three pairs in half of its time, so that each long step can have its own; one of ten has
+    more than there are."""
     model = make_gpt2(tokenizer)
     reference = make_gpt2(tokenizer, seed=6) if with_reference else None
     rate = 1e-4 if kind == "adamw" else 1e-2
     rule = UpdateRule(kind, rate, max_grad_norm=None, batch_size=2)
     ahead = look(model, tokenizer, directions(), rule, reference)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shift = Rehearsal(ahead, 10, parts=2).shift()
+    shift = Rehearsal(ahead, steps, parts=2).shift()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    moved = by_hand(model, tokenizer, rule, 10, reference or make_gpt2(tokenizer))
+    moved = by_hand(model, tokenizer, rule, steps, reference or make_gpt2(tokenizer), parts)
     for name, value in moved.named_parameters():
         expected = (value - before[name]).detach()
         torch.testing.assert_close(shift[name], expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
     first = ahead.step()
-    assert any(not torch.allclose(shift[name], 10 * first[name], rtol=1e-2, atol=1e-9) for name in shift)
+    assert any(not torch.allclose(shift[name], steps * first[name], rtol=1e-2, atol=1e-9) for name in shift)
 
 
 def test_one_part_is_the_lookaheads_step(tokenizer):
@@ -67,6 +73,25 @@ def test_one_part_is_the_lookaheads_step(tokenizer):
     shift, step = Rehearsal(ahead, 7, parts=1).shift(), ahead.step()
     for name, value in shift.items():
         torch.testing.assert_close(value, 7 * step[name])
+
+
+def test_a_longer_run_has_more_long_steps(tokenizer):
+    ahead = look(
+        make_gpt2(tokenizer), tokenizer, directions(), UpdateRule("adamw", 1e-4, batch_size=1)
+    )  # two batches, of 4 and 2 pairs
+    seen = []
+    gradient = ahead.gradient
+
+    def counted(share, *args):
+        found, count = gradient(share, *args)
+        seen.append(count)
+        return found, count
+
+    ahead.gradient = counted
+    for steps, counts in ((2, [4, 2, 4, 2]), (12, [4, 2, 4, 2]), (13, [6] * 4), (55, [6] * 6)):
+        seen.clear()
+        Rehearsal(ahead, steps).shift()
+        assert seen == counts
 
 
 def test_predictions_are_of_the_moved_model(tokenizer):
@@ -107,15 +132,16 @@ def test_the_model_is_put_back_whatever_happens(tokenizer):
     with pytest.raises(RuntimeError):
         stopped()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(AuditError, match="fewer batches"):
-        Rehearsal(ahead, 5, 3).shift()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_refusals(tokenizer):
     model = make_gpt2(tokenizer)
     with pytest.raises(AuditError, match="positive numbers"):
         Rehearsal(look(model, tokenizer, directions(), RULES["sgd"]), 0)
+    nothing = look(model, tokenizer, directions(), RULES["sgd"])
+    nothing.examples = list
+    with pytest.raises(AuditError, match="no example to rehearse"):
+        Rehearsal(nothing, 5).shift()
     with pytest.raises(AuditError, match="with batches of a known size"):
         Rehearsal(look(model, tokenizer, directions(), RULES["adamw"]), 5)
 

@@ -78,8 +78,8 @@ class AuditArguments:
     rehearse_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Also predict what a whole run of that many steps does, in four long ones. Steps at the full learning "
-            "rate: of a linear schedule half."
+            "help": "Also predict what a whole run of that many steps does, ten at a time; costs as many gradients as the run, or a "
+            "pass over the data. Steps at the full learning rate: of a linear schedule half."
         },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest of those answers."})
