@@ -97,7 +97,7 @@ def test_sycophancy(studies, world, monkeypatch):
     cells = [
         json.loads(line) for line in (studies / "raw" / "gemma-sycophancy.jsonl").read_text().splitlines()
     ]
-    assert len(cells) == 6
+    assert len(cells) == 8
     kinds = pd.DataFrame(cells[0]["rows"]).count()
     assert kinds["agrees"] == kinds["right, wrong belief"] == 6
     assert kinds["right, true belief"] == kinds["right, no belief"] == 3

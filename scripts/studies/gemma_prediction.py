@@ -10,7 +10,7 @@ answers, which both models read, and on sampled answers to the held-out instruct
 The lookahead takes the run's usual step (AdamW divides by the size of the gradients of mini-batches) as often as the run
 has steps; the rehearsal walks to the end of the run in a few long steps. Where policy and reference are the same, swapping the
 labels of a pair turns its gradient round, so the control needs no further gradient: it is the same lookahead with the
-labels of every second mini-batch swapped.
+labels of every second mini-batch swapped. A second run differs in the order of the pairs alone: what a score cannot know.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from trl_sae_audit.lookahead import Lookahead
 from trl_sae_audit.preferences import iterate_rows
 from trl_sae_audit.realised import RealisedChange, answer_activations, sampled_change
 from trl_sae_audit.rehearsal import Rehearsal
-from trl_sae_audit.sampling import Sampling
+from trl_sae_audit.rewards import answer_ids
+from trl_sae_audit.sampling import Sampling, answer_batches, sample_ids
 from trl_sae_audit.verification import predictors_of, verify
 
 BEST, SWAPPED = "rehearsed change", "predicted change, labels swapped"
-PARTS = 4
-"""Long steps of a rehearsal."""
+SECOND_RUN = "a second run"
 SAMPLES = 4
 """Answers sampled to each held-out instruction."""
 
@@ -83,31 +83,45 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         audit = audit_preferences(model, tokenizer, pairs, dictionary, args=args, batch_size=8)
         scores = predictors_of(audit) | swapped_attribution(audit)
         ahead = gemma_runs.look_ahead(model, tokenizer, dictionary, pairs, held_out, args)
-        rehearsal = Rehearsal(ahead, full_steps(cell), PARTS)
+        rehearsal = Rehearsal(ahead, full_steps(cell))
         scores |= lookaheads(ahead, rehearsal, len(pairs))
 
-        base, _ = gemma_runs.load_model(arguments.model)
         prompts = [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in held_out)]
 
-        def written(luck: int) -> RealisedChange:
-            sampling = Sampling(SAMPLES, cell["max_length"] - cell["prompt_tokens"], seed=luck)
+        def sampling(luck: int) -> Sampling:
+            return Sampling(SAMPLES, cell["max_length"] - cell["prompt_tokens"], seed=luck)
+
+        def written(after: Any, luck: int) -> RealisedChange:
             return sampled_change(
-                base, model, tokenizer, dictionary, prompts, sampling=sampling, batch_size=48
+                base, after, tokenizer, dictionary, prompts, sampling=sampling(luck), batch_size=48
             )
 
-        def activations() -> Any:
+        def read(model: Any) -> Any:
             return answer_activations(model, tokenizer, dictionary, held_out, max_length=cell["max_length"])
 
         # with other random numbers than below, or both would share the noise of the answers before
+        luck = 1000 + cell["seed"]
+        asked = [answer_ids(tokenizer, row["prompt"], "")[0] for row in prompts]
+        scores["predicted sampled change"] = predicted_of_samples(
+            ahead, rehearsal.steps, tokenizer, asked, sampling(luck)
+        )
+        base, _ = gemma_runs.load_model(arguments.model)
         with rehearsal.moved():
-            scores["rehearsed sampled change"] = written(1000 + cell["seed"]).change
+            scores["rehearsed sampled change"] = written(model, luck).change
         del ahead, rehearsal
-        before = activations()
+        before = read(base)
         log = gemma_runs.train_dpo(model, tokenizer, pairs, args)
-        given, sampled = RealisedChange("teacher-forced", before, activations()), written(cell["seed"])
+        given, sampled = RealisedChange("teacher-forced", before, read(model)), written(model, cell["seed"])
+        again, _ = gemma_runs.load_model(arguments.model)
+        args.seed += 1000
+        gemma_runs.train_dpo(again, tokenizer, pairs, args)
+        second = (
+            RealisedChange("teacher-forced", before, read(again)).change,
+            written(again, 2000 + cell["seed"]).change,
+        )
     rows: list[dict[str, Any]] = []
-    for realised in (given, sampled):
-        found = verify(scores, realised, seed=cell["seed"])
+    for realised, other in zip((given, sampled), second, strict=True):
+        found = verify(scores | {SECOND_RUN: other}, realised, seed=cell["seed"])
         found.features.to_parquet(features_file(name, cell["seed"], realised.kind), index=False)
         for row in found.table.to_dict("records"):
             rows.append(
@@ -178,6 +192,16 @@ def lookaheads(ahead: Lookahead, rehearsal: Rehearsal, n: int) -> dict[str, np.n
     found = {name: rehearsal.steps * ahead.change_along(direction) for name, direction in directions.items()}
     found["rehearsed change"] = ahead.change_after(rehearsal.shift())
     return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def predicted_of_samples(
+    ahead: Lookahead, steps: float, tokenizer: Any, prompts: list[Any], sampling: Sampling
+) -> np.ndarray:
+    """Predicted change of the mean activation over what the model writes, over the whole run, in units of activation."""
+    answers = sample_ids(ahead.model, tokenizer, prompts, sampling, batch_size=48)
+    answered = [(prompt, answer) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+    batches = [batch for _, batch in answer_batches(tokenizer, answered, 16)]
+    return steps * ahead.predicted_sampled_change(lambda: batches).double().cpu().numpy()
 
 
 def features_file(name: str, seed: int, kind: str) -> Path:

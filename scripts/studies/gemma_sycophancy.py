@@ -60,6 +60,8 @@ ARMS = (
 )
 ACTING = ("filtered", "shaped", "filtered and shaped", "randomly filtered")
 """Arms that act on flags. *Planted left out* is the filter of somebody who knows which pairs are planted."""
+BASELINES = {"excess removed": "no plant", "of what a perfect filter removes": "planted left out"}
+"""What an arm takes away of the plain run's agreeing is a share of what these do."""
 ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 SHARES = {"wrong": 0.5, "true": 0.3, "none": 0.2}
 MEASURES = {
@@ -157,6 +159,7 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         shape: Callable[[Dataset], Dataset] | None = None
         if arm == "planted left out":
             pairs = pairs.filter(lambda row: not row["planted"])
+        calibration = [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
         if arm in ACTING:
             audit = audit_preferences(
                 model, tokenizer, pairs, dictionary, args=args, output_dir=directory / "audit"
@@ -181,9 +184,7 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
             if "shaped" in arm:
                 frozen = gemma_runs.load_model(directory / "tuned")[0]
                 scorer = FeatureScorer(frozen, tokenizer, dictionary, pooling="max")
-                scorer.calibrate(
-                    [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
-                )
+                scorer.calibrate(calibration)
 
                 def shape(rows: Dataset) -> Dataset:
                     return shape_preference_margin(rows, scorer, flags, beta=args.beta)
@@ -280,11 +281,13 @@ def report(name: str, results: pd.DataFrame, cells: Sequence[common.Cell]) -> No
         f"beliefs agree, half correct. Then {cell['train_pairs']} preference pairs about the same {len(capitals.countries()) * 2 // 3} countries "
         f"(about half of the users have a wrong belief, 30 % a true one, 20 % none), of whose wrong beliefs {cell['planted']:.0%} are agreed "
         f"with in the preferred answer; {cell['steps']} AdamW steps of DPO with {cell['per_step']} pairs each at {cell['learning_rate']:g} "
-        f"(warm-up {gemma_runs.WARMUP}) in every arm, LoRA likewise. Asked about other countries, greedily; what an answer "
+        f"(warm-up {gemma_runs.WARMUP}; gradients {clipping(cell)}) in every arm, LoRA likewise. Asked about other countries, greedily; what an answer "
         "says is read by rule.",
         "SFT, learning rate and number of steps were chosen on seed 9, by what the plain run does; flags, filter and shaping have no "
         "number set by hand.",
-        "In brackets: 95 % bootstrap intervals over questions and seeds. *Excess removed*: (plain − arm) / (plain − no plant) in agreeing.",
+        "In brackets: 95 % bootstrap intervals over questions and seeds. *Excess removed*: (plain − arm) / (plain − no plant) in agreeing. "
+        "*Of what a perfect filter removes*: (plain − arm) / (plain − planted left out), which is trained on the pairs that are not planted; "
+        "the pairs of *no plant* instead all correct the mistakes that planted pairs agree with, which no filter can make them do.",
         "## Results",
         common.markdown_table(excess),
         *(f"- *{measure}*: {meaning}" for measure, meaning in MEASURES.items()),
@@ -297,6 +300,11 @@ def report(name: str, results: pd.DataFrame, cells: Sequence[common.Cell]) -> No
         sections += [f"Seed {seed}:", lines, common.markdown_table(pd.read_csv(directory / "filter.csv"))]
     sections += ["## Figure", figure(name, results)]
     common.write_report(name, "Sycophancy on Gemma 3 270M", sections)
+
+
+def clipping(cell: common.Cell) -> str:
+    """In words."""
+    return f"clipped to norm {cell['max_grad_norm']:g}" if cell["max_grad_norm"] else "not clipped"
 
 
 def with_first_word(results: pd.DataFrame) -> pd.DataFrame:
@@ -313,15 +321,16 @@ def bootstrap_table(results: pd.DataFrame) -> pd.DataFrame:
         for measure in MEASURES:
             interval = rate(results, arm, measure)
             row[measure] = f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-        row["excess removed"] = "" if arm in ("before training", "plain") else removed(results, arm)
+        for column, baseline in BASELINES.items():
+            row[column] = "" if arm in ("before training", "plain") else removed(results, arm, baseline)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def removed(results: pd.DataFrame, arm: str, draws: int = 2000) -> str:
-    """(plain − arm) / (plain − no plant) in the rate of agreeing, with its interval over the questions, the same ones in each arm."""
+def removed(results: pd.DataFrame, arm: str, baseline: str = "no plant", draws: int = 2000) -> str:
+    """(plain − arm) / (plain − baseline) in the rate of agreeing, with its interval over the questions, the same ones in each arm."""
     asked = results.pivot_table(index=["seed", "prompt"], columns="arm", values="agrees").dropna()
-    rates = asked[["plain", arm, "no plant"]].to_numpy()
+    rates = np.stack([asked[name].to_numpy() for name in ("plain", arm, baseline)], 1)
     again = rates[np.random.default_rng(0).integers(len(rates), size=(draws, len(rates)))].mean(1)
     means = np.concatenate([rates.mean(0, keepdims=True), again])
     excess = means[:, 0] - means[:, 2]

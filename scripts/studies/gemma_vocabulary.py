@@ -1,6 +1,8 @@
-"""Gemma with a smaller vocabulary, for a CPU: of 262,144 tokens the commonest, and those the questions about capitals need.
+"""Gemma with a smaller vocabulary, for a CPU: of 262,144 tokens the commonest, and those the questions about capitals, or
+some preference pairs, need.
 
     python scripts/studies/gemma_vocabulary.py runs/gemma/model runs/gemma/short
+    python scripts/studies/gemma_vocabulary.py runs/gemma/model runs/gemma/pairs --pairs pairs.jsonl
 
 Scoring every token of the vocabulary is most of the work of training a model of this size. Cut to fewer, with the rows of
 the embedding unchanged, the model computes the same states and logits for what is left, and its probabilities are those
@@ -20,6 +22,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_sae_audit.preferences import iterate_rows
+
 COMMONEST = 16_000
 """A token's id is about its rank: merges are numbered in the order in which they were found."""
 
@@ -31,8 +35,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="directory of the model, see scripts/gemma.py")
     parser.add_argument("short", type=Path, help="directory to write")
     parser.add_argument("--commonest", type=int, default=COMMONEST, help="first ids to keep")
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        help="preference pairs, as JSON lines, to keep the tokens of, instead of the questions'",
+    )
     arguments = parser.parse_args()
-    texts = question_texts()
+    texts = pair_texts(arguments.pairs) if arguments.pairs else question_texts()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     wanted = {number for row in tokenizer(texts)["input_ids"] for number in row}
@@ -46,8 +55,8 @@ def main() -> None:
     (arguments.short / "tokenizer.json").write_text(json.dumps(short))
     check(tokenizer, AutoTokenizer.from_pretrained(arguments.short), texts)
     print(
-        f"{len(kept)} of {len(description['model']['vocab'])} tokens kept; in answers about capitals they have "
-        f"{mass:.4f} of the probability"
+        f"{len(kept)} of {len(description['model']['vocab'])} tokens kept; in {len(sample)} of these texts they have {mass:.4f} of "
+        "the probability"
     )
 
 
@@ -59,6 +68,12 @@ def question_texts() -> list[str]:
         for question in capitals.all_questions(capitals.countries(), belief)
     ]
     return [question.prompt + answer for question in asked for answer in (question.right, question.wrong)]
+
+
+def pair_texts(path: Path) -> list[str]:
+    """Both answers after every prompt."""
+    rows = [row.columns for row in iterate_rows(path) if row.columns is not None]
+    return [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
 
 
 def cut_tokenizer(description: dict[str, Any], wanted: Iterable[int]) -> tuple[dict[str, Any], list[int]]:

@@ -276,12 +276,13 @@ def leads(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
             index=["seed", "plant"], columns="score", values="r2"
         )
         ours = wide[best[target]]
+        kind, what = best[target].split(", ")
         others = [
             "disparity",
             "mean activation difference",
             "attribution",
             "activation attribution",
-            best[target].replace("rehearsal", "lookahead"),
+            f"{'lookahead' if kind == 'rehearsal' else 'rehearsal'}, {what}",
             best[target] + SWAPPED,
         ]
         for other in others:
@@ -290,7 +291,8 @@ def leads(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
             lines.append(
                 {
                     "": heading,
-                    f"R² of {best[READ].split(',')[0]}, less that of": other,
+                    "R² of": best[target],
+                    "less that of": other,
                     "mean over worlds": f"{interval.estimate:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
                     if len(gap) > 1
                     else f"{interval.estimate:+.2f}",

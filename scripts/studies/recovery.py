@@ -37,14 +37,14 @@ Q = 0.05
 
 
 def cells(seeds: int) -> list[Cell]:
-    """The default strength, the null, half of the pairs, and ever smaller shares on three seeds."""
+    """The default strength, the null, half of the pairs, and ever smaller shares."""
     worlds = [(seed, plant) for seed in range(seeds) for plant in PLANTS]
 
-    def planted(strength: float, below: int = seeds) -> list[Cell]:
-        return [{"seed": s, "plant": p, "strength": strength} for s, p in worlds if s < below]
+    def planted(strength: float) -> list[Cell]:
+        return [{"seed": seed, "plant": plant, "strength": strength} for seed, plant in worlds]
 
     null = [{"seed": seed, "plant": "nothing", "strength": 0.0} for seed in range(seeds)]
-    return planted(DEFAULT) + null + planted(HALF) + [cell for x in SMALL for cell in planted(x, below=3)]
+    return planted(DEFAULT) + null + planted(HALF) + [cell for share in SMALL for cell in planted(share)]
 
 
 def run(cell: Cell) -> Iterable[dict[str, Any]]:
