@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
-from tiny import tiny_parts
+from tiny import quiet_config, tiny_parts
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord
 
@@ -98,8 +97,8 @@ def main() -> None:
         record = Path(root) / "record"
         trainer = DPOTrainer(
             build(),
-            args=DPOConfig(
-                output_dir=str(Path(root) / "out"),
+            args=quiet_config(
+                Path(root) / "out",
                 per_device_train_batch_size=options.pairs,
                 max_steps=options.steps,
                 learning_rate=1e-5,
@@ -108,12 +107,6 @@ def main() -> None:
                 save_total_limit=1,
                 precompute_ref_log_probs=True,
                 gradient_checkpointing=False,
-                report_to="none",
-                use_cpu=not torch.cuda.is_available(),
-                bf16=False,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                log_level="error",
             ),
             train_dataset=pairs,
             processing_class=tokenizer,

@@ -28,9 +28,9 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
-from tiny import tiny_parts
+from tiny import quiet_config, tiny_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from trl_sae_audit import FeatureAttributionCallback, FeatureDictionary, load_dictionary
 from trl_sae_audit.hook_points import resolve_hook_point
@@ -137,20 +137,14 @@ def make_trainer(variant: str, parts: Any, options: argparse.Namespace, director
     trainer = DPOTrainer(
         build(),
         build(),
-        args=DPOConfig(
-            output_dir=str(directory / "out"),
+        args=quiet_config(
+            directory / "out",
             per_device_train_batch_size=options.batch_size,
             max_steps=options.warmup + options.rounds,
             max_length=options.max_length,
             logging_steps=options.logging_steps,
             optim=options.optim,
             save_strategy="no",
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            log_level="error",
         ),
         train_dataset=dataset,
         processing_class=tokenizer,

@@ -1,9 +1,14 @@
-"""Parts small enough to train on for hours, or a hundred times over: a random Llama, pairs of random words, directions."""
+"""Parts small enough to train on for hours, or a hundred times over: a random Llama, pairs of random words, directions.
+
+And the configuration of a trainer that does nothing but train.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig
 
 from trl_sae_audit import FeatureDictionary
 
@@ -72,3 +78,17 @@ def tiny_parts(
         return LlamaForCausalLM(config)
 
     return build, tokenizer, Dataset.from_list(rows), FeatureDictionary(directions, hook_point, "random")
+
+
+def quiet_config(output_dir: Path, **arguments: Any) -> DPOConfig:
+    """TRL's DPO in float32, on a GPU if there is one, without a word; `arguments` come on top."""
+    quiet: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "log_level": "error",
+    }
+    return DPOConfig(**quiet | arguments)

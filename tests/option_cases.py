@@ -36,7 +36,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from worlds import D_MODEL, N_LAYERS, WORDS, make_config, pairs
+from worlds import WORDS, made, make_config, pairs
 
 DPO_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
               "apo_down", "discopop", "sft", "sigmoid_norm")  # fmt: skip
@@ -86,28 +86,7 @@ def conversation_tokenizer() -> PreTrainedTokenizerFast:
 
 def _sized(config: type, model: type, **more: Any) -> Any:
     def make(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> nn.Module:
-        torch.manual_seed(seed)
-        built = model(
-            config(
-                vocab_size=len(tokenizer),
-                hidden_size=D_MODEL,
-                intermediate_size=48,
-                num_hidden_layers=N_LAYERS,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                max_position_embeddings=128,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                **more,
-            )
-        )
-        with torch.no_grad():
-            for parameter in built.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(4)
-        return built
+        return made(model, make_config(tokenizer, config, intermediate_size=48, head_dim=8, **more), seed)
 
     return make
 

@@ -16,44 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import trainers
 from datasets import Dataset
 from reference import StepRecorder, recorded, to_double
 from torch import Tensor, nn
-from trainers import arguments
+from trainers import CUT, SAMPLED, Kind, arguments
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.neftune import activate_neftune
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
+from trl import DPOConfig
 from trl.experimental.bema_for_ref_model import DPOTrainer as BEMADPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from worlds import (
-    D_SAE,
-    HOOK_POINT,
-    labelled,
-    make_dictionary,
-    make_model,
-    make_reward_model,
-    make_tokenizer,
-    pairs,
-    prompts,
-    reward_by_length,
-    texts,
-)
+from worlds import D_SAE, HOOK_POINT, make_dictionary, make_tokenizer, pairs, prompts
 
 from trl_sae_audit import AuditError, FeatureAttributionCallback, RunRecord
 
@@ -74,25 +50,22 @@ def conversations(n: int) -> Any:
     return Dataset.from_list([{"messages": row} for row in rows])
 
 
-SAMPLED = {"num_generations": 4, "max_completion_length": 6, "beta": 0.0}
-CUT = {"max_length": 64}
-KINDS: dict[str, tuple[type[Trainer], type, Callable[[int], Any], dict[str, Any]]] = {
-    "DPO": (DPOTrainer, DPOConfig, pairs, CUT),
-    "KTO": (KTOTrainer, KTOConfig, labelled, CUT),
-    "Reward": (RewardTrainer, RewardConfig, pairs, CUT),
-    "SFT": (SFTTrainer, SFTConfig, texts, CUT),
-    "GRPO": (GRPOTrainer, GRPOConfig, prompts, SAMPLED),
-    "RLOO": (RLOOTrainer, RLOOConfig, prompts, SAMPLED),
-    "GMPO": (GMPOTrainer, GMPOConfig, prompts, SAMPLED),
-    "DPO of BEMA": (BEMADPOTrainer, DPOConfig, pairs, CUT),
-    "GKD": (GKDTrainer, GKDConfig, conversations, CUT | {"max_new_tokens": 4, "lmbda": 0.0}),
-    "ORPO": (ORPOTrainer, ORPOConfig, pairs, CUT),
-    "CPO": (CPOTrainer, CPOConfig, pairs, CUT),
-    "Trainer": (Trainer, TrainingArguments, token_rows, {}),
+KINDS = trainers.KINDS | {
+    "GMPO": Kind(GMPOTrainer, GMPOConfig, prompts, SAMPLED, rewarded=True),
+    "DPO of BEMA": Kind(BEMADPOTrainer, DPOConfig, pairs, CUT, second="ref_model"),
+    "GKD": Kind(
+        GKDTrainer,
+        GKDConfig,
+        conversations,
+        CUT | {"max_new_tokens": 4, "lmbda": 0.0},
+        second="teacher_model",
+    ),
+    "ORPO": Kind(ORPOTrainer, ORPOConfig, pairs, CUT),
+    "CPO": Kind(CPOTrainer, CPOConfig, pairs, CUT),
+    "Trainer": Kind(Trainer, TrainingArguments, token_rows, {}),
 }
 SAMPLING = ("GRPO", "RLOO", "GMPO")
 PAIRED = ("DPO", "DPO of BEMA", "Reward")
-WITH_REFERENCE = ("DPO", "DPO of BEMA", "KTO")
 
 
 @dataclass
@@ -168,34 +141,30 @@ def _models(trainer: Trainer) -> list[tuple[str, nn.Module]]:
 
 def build(case: Case, directory: Path, *, twin: bool = False) -> Trainer:
     """The trainer of a case, or its twin."""
-    cls, config, data, defaults = KINDS[case.kind]
+    kind = KINDS[case.kind]
+    cls = kind.trainer
     subclass = case.twin_subclass if twin and case.twin_subclass else case.subclass
     if subclass is not None:
         cls = subclass(cls)
     dtype = torch.float64 if twin and not case.randomness else torch.float32
-    chosen = {"learning_rate": 1e-2, **defaults, **case.arguments}
+    chosen = {"learning_rate": 1e-2, **kind.defaults, **case.arguments}
     if twin:
         chosen |= {"gradient_checkpointing": False, "torch_compile": False, "bf16": False, **case.twin}
     tokenizer = make_tokenizer()
-    make = case.model or (make_reward_model if case.kind == "Reward" else make_model)
+    make = case.model or kind.model
     model = make(tokenizer).to(dtype)
     if chosen.get("beta") and case.kind in SAMPLING:  # the reference is loaded from where the model came from
         model.save_pretrained(directory / "start")
         model.config.name_or_path = str(directory / "start")
-    given = dict(case.trainer)
-    if case.kind in WITH_REFERENCE and case.peft is None:
-        given.setdefault("ref_model", make(tokenizer, seed=5).to(dtype))
-    if case.kind == "GKD":
-        given.setdefault("teacher_model", make(tokenizer, seed=5).to(dtype))
-    if case.kind in SAMPLING:
-        given.setdefault("reward_funcs", reward_by_length)
+    given = kind.beside(make, tokenizer, dtype) | case.trainer
     if case.peft is not None:
         given["peft_config"] = case.peft()
+        given.pop("ref_model", None)  # that is the model without its adapter
     torch.manual_seed(11)
     trainer = cls(
         model,
-        args=config(**arguments(directory, **chosen)),
-        train_dataset=(case.data or data)(24),
+        args=kind.config(**arguments(directory, **chosen)),
+        train_dataset=(case.data or kind.data)(24),
         processing_class=given.pop("processing_class", tokenizer),
         **given,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -22,6 +25,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from worlds import (
     labelled,
     make_model,
@@ -34,6 +38,59 @@ from worlds import (
 )
 
 Build = Callable[..., Trainer]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A trainer, and what it is given.
+
+    Attributes:
+        trainer, config: its classes.
+        data: makes n rows.
+        defaults: of its configuration.
+        model: makes the one that is trained of a tokenizer.
+        second: what the trainer calls another model, its reference or teacher; None if it takes none.
+        rewarded: whether its answers are.
+    """
+
+    trainer: type[Trainer]
+    config: type
+    data: Callable[[int], Any]
+    defaults: dict[str, Any]
+    model: Callable[..., nn.Module] = make_model
+    second: str | None = None
+    rewarded: bool = False
+
+    def beside(
+        self, make: Callable[..., nn.Module], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """What the trainer is given beside a model that `make` makes, its configuration and data."""
+        given: dict[str, Any] = {}
+        if self.second is not None:
+            given[self.second] = make(tokenizer, seed=5).to(dtype)
+        if self.rewarded:
+            given["reward_funcs"] = reward_by_length
+        return given
+
+
+CUT = {"max_length": 64}
+SAMPLED = {"num_generations": 4, "max_completion_length": 6, "beta": 0.0}
+KINDS = {
+    "DPO": Kind(DPOTrainer, DPOConfig, pairs, CUT, second="ref_model"),
+    "KTO": Kind(KTOTrainer, KTOConfig, labelled, CUT, second="ref_model"),
+    "Reward": Kind(RewardTrainer, RewardConfig, pairs, CUT, make_reward_model),
+    "SFT": Kind(SFTTrainer, SFTConfig, texts, CUT),
+    "GRPO": Kind(GRPOTrainer, GRPOConfig, prompts, SAMPLED, rewarded=True),
+    "RLOO": Kind(RLOOTrainer, RLOOConfig, prompts, SAMPLED, rewarded=True),
+    "OnlineDPO": Kind(
+        OnlineDPOTrainer,
+        OnlineDPOConfig,
+        prompts,
+        {"max_new_tokens": 6, "beta": 0.5},
+        second="ref_model",
+        rewarded=True,
+    ),
+}
 
 
 def arguments(directory: Path, **overrides: Any) -> dict[str, Any]:
@@ -54,94 +111,20 @@ def arguments(directory: Path, **overrides: Any) -> dict[str, Any]:
     }
 
 
-def dpo(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
+def build(kind: str, directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
+    """The trainer, its parts in `dtype`."""
+    known = KINDS[kind]
     tokenizer = make_tokenizer()
-    return DPOTrainer(
-        make_model(tokenizer).to(dtype),
-        make_model(tokenizer, seed=5).to(dtype),
-        args=DPOConfig(**arguments(directory, max_length=64, **overrides)),
-        train_dataset=pairs(24),
+    return known.trainer(
+        known.model(tokenizer).to(dtype),
+        args=known.config(**arguments(directory, **known.defaults | overrides)),
+        train_dataset=known.data(24),
         processing_class=tokenizer,
+        **known.beside(known.model, tokenizer, dtype),
     )
 
 
-def kto(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
-    tokenizer = make_tokenizer()
-    return KTOTrainer(
-        make_model(tokenizer).to(dtype),
-        make_model(tokenizer, seed=5).to(dtype),
-        args=KTOConfig(**arguments(directory, max_length=64, beta=0.5, **overrides)),
-        train_dataset=labelled(24),
-        processing_class=tokenizer,
-    )
-
-
-def reward(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
-    tokenizer = make_tokenizer()
-    return RewardTrainer(
-        make_reward_model(tokenizer).to(dtype),
-        args=RewardConfig(**arguments(directory, max_length=64, **overrides)),
-        train_dataset=pairs(24),
-        processing_class=tokenizer,
-    )
-
-
-def sft(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
-    tokenizer = make_tokenizer()
-    return SFTTrainer(
-        make_model(tokenizer).to(dtype),
-        args=SFTConfig(**arguments(directory, max_length=64, **overrides)),
-        train_dataset=texts(24),
-        processing_class=tokenizer,
-    )
-
-
-def grpo(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
-    tokenizer = make_tokenizer()
-    return GRPOTrainer(
-        make_model(tokenizer).to(dtype),
-        reward_funcs=reward_by_length,
-        args=GRPOConfig(
-            **arguments(directory, num_generations=4, max_completion_length=6, beta=0.0, **overrides)
-        ),
-        train_dataset=prompts(24),
-        processing_class=tokenizer,
-    )
-
-
-def rloo(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
-    tokenizer = make_tokenizer()
-    return RLOOTrainer(
-        make_model(tokenizer).to(dtype),
-        reward_funcs=reward_by_length,
-        args=RLOOConfig(
-            **arguments(directory, num_generations=4, max_completion_length=6, beta=0.0, **overrides)
-        ),
-        train_dataset=prompts(24),
-        processing_class=tokenizer,
-    )
-
-
-def online_dpo(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Trainer:
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    tokenizer = make_tokenizer()
-    return OnlineDPOTrainer(
-        make_model(tokenizer).to(dtype),
-        make_model(tokenizer, seed=5).to(dtype),
-        reward_funcs=reward_by_length,
-        args=OnlineDPOConfig(**arguments(directory, max_new_tokens=6, beta=0.5, **overrides)),
-        train_dataset=prompts(24),
-        processing_class=tokenizer,
-    )
-
-
-BUILDERS: dict[str, Build] = {
-    "DPO": dpo,
-    "KTO": kto,
-    "Reward": reward,
-    "SFT": sft,
-    "GRPO": grpo,
-    "RLOO": rloo,
-    "OnlineDPO": online_dpo,
+dpo, sft, grpo = (partial(build, kind) for kind in ("DPO", "SFT", "GRPO"))
+BUILDERS: dict[str, Build] = {kind: partial(build, kind) for kind in KINDS} | {
+    "KTO": partial(build, "KTO", beta=0.5)
 }

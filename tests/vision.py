@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import torch
 from datasets import Dataset
 from PIL import Image
 from tokenizers import AddedToken
@@ -18,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from worlds import WORDS, make_config, make_tokenizer
+from worlds import WORDS, made, make_config, make_tokenizer
 
 SIDE, PATCH = 8, 4
 VISION_HOOK_POINT = "language_model.layers.1"
@@ -52,7 +51,6 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_llava(tokenizer: Any = None, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
     tokenizer = make_vision_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=16,
@@ -68,12 +66,7 @@ def make_llava(tokenizer: Any = None, seed: int = 0) -> nn.Module:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    return model
+    return made(LlavaForConditionalGeneration, config, seed)
 
 
 def picture_pairs(n: int) -> Dataset:

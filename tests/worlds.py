@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -13,11 +14,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from trl_sae_audit import FeatureDictionary
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 WORDS = [f"w{i}" for i in range(60)]
 D_MODEL, N_LAYERS, D_SAE = 32, 3, 96
@@ -35,30 +39,38 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=D_MODEL,
-        intermediate_size=64,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
+def make_config(
+    tokenizer: PreTrainedTokenizerFast, kind: type[PretrainedConfig] = LlamaConfig, **more: Any
+) -> Any:
+    """The configuration of a tiny decoder, a Llama unless `kind` says otherwise."""
+    size = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": D_MODEL,
+        "intermediate_size": 64,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return kind(**size | more)
+
+
+def made(model: type[Model], config: PretrainedConfig, seed: int) -> Model:
+    """A model with random weights, far from the linear regime of a fresh one."""
+    torch.manual_seed(seed)
+    built = model(config)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return built
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(make_config(tokenizer))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)  # far from the linear regime of a fresh model
-    return model
+    return made(LlamaForCausalLM, make_config(tokenizer), seed)
 
 
 def make_reward_model(tokenizer: PreTrainedTokenizerFast, seed: int = 1) -> PreTrainedModel:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Parts, tiny_parts
+from tiny import Parts, quiet_config, tiny_parts
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord
 
@@ -52,7 +52,6 @@ def train(
     """One training in `directory`, resumed from its last whole checkpoint; its weights at the end go to `weights`."""
     build, tokenizer, pairs, dictionary = parts
     settings: dict[str, Any] = {
-        "output_dir": str(directory / "out"),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
@@ -61,17 +60,12 @@ def train(
         "save_steps": 3,
         "save_total_limit": 2,
         "gradient_checkpointing": False,
-        "report_to": "none",
         "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
     }
     trainer = DPOTrainer(
         build(),
         build(),
-        args=DPOConfig(**settings | arguments),
+        args=quiet_config(directory / "out", **settings | arguments),
         train_dataset=pairs,
         processing_class=tokenizer,
         callbacks=[
