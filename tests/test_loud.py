@@ -111,6 +111,15 @@ def test_no_gradient_arrives(tmp_path: Path) -> None:
     assert "Likely causes" in message
 
 
+def test_an_odd_number_of_rows_where_pairs_are_expected(tmp_path: Path) -> None:
+    """From a collator of the user's own; TRL sets the one rejected row against both chosen ones."""
+    trainer: Any = dpo(tmp_path, per_device_train_batch_size=2)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {name: values[:-1] for name, values in collate(rows).items()}
+    callback = FeatureAttributionCallback(make_dictionary(), tmp_path / "record")
+    assert "saw 3 rows where pairs" in refused(trainer, callback)
+
+
 def test_a_dictionary_of_another_model_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = dpo(tmp_path)
     trainer.model.config.name_or_path = "somebody/tiny-llama"
