@@ -44,9 +44,9 @@ def check_engine(trainer: Trainer) -> None:
     layout = accelerator.parallelism_config
     if layout is not None and layout.non_data_parallel_size > 1:
         raise AuditError(
-            "The run uses tensor, context or sequence parallelism: always "
-            f"{layout.non_data_parallel_size} processes share the same rows, or have parts of them, and the attribution would "
-            "count them wrongly. Use processes for data parallelism only (DDP, FSDP, DeepSpeed ZeRO)."
+            f"The run uses tensor, context or sequence parallelism: in groups of {layout.non_data_parallel_size} its processes "
+            "work on the same rows, or each on a part of them, which the attribution would count wrongly. Use processes for "
+            "data parallelism only (DDP, FSDP, DeepSpeed ZeRO)."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
