@@ -165,6 +165,31 @@ def test_the_table_over_training(studies):
     assert line["writing, 160 steps"] == "0.90"
 
 
+def test_other_layers_and_lora_stand_beside_the_same_worlds(studies):
+    import prediction
+
+    scores = ["attribution", "mean activation difference"]
+    scores += [f"{kind}, {what}" for kind in ("lookahead", "rehearsal") for what in ("reading", "writing")]
+    rows = [
+        {
+            "seed": seed,
+            "plant": "agrees",
+            "steps": [3],
+            "run_steps": 3,
+            "target": target,
+            "score": score,
+            "r2": r2,
+        }
+        | ({"variant": variant} if variant else {})
+        for seed, variant, r2 in ((0, None, 0.5), (1, None, 0.9), (0, prediction.LORA, 0.25))
+        for target in ("teacher-forced", "sampled")
+        for score in scores
+    ]
+    found = prediction.by_variant(prediction.latest(pd.DataFrame(rows)))
+    assert found[""].tolist() == [prediction.LORA, f"{prediction.AS_IT_IS}, in the same 1 world(s)"]
+    assert found["writing: rehearsal"].tolist() == ["0.25", "0.50"]
+
+
 def test_a_pace_has_cells_of_its_own_and_leaves_the_fast_ones_as_they_were(studies, monkeypatch):
     import stability
 

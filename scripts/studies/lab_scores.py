@@ -102,20 +102,23 @@ def audited(
     dictionary: FeatureDictionary,
     rehearse_steps: int | None,
     probe: int = PROBE,
+    *,
+    model: Any = None,
+    **arguments: Any,
 ) -> Audit:
     """An audit with every lookahead, on held-out prompts and plain answers that no label touches.
 
-    It is kept in `runs/studies/audits/NAME-SEED-STEPS`; asked for again, it costs next to nothing.
+    By default of the world's own model; `arguments` are of `dpo_arguments`. It is kept in `runs/studies/audits/NAME-SEED-STEPS`; asked for again, it costs next to nothing.
     """
     seed = world.config.seed
     directory = audit_directory(name, seed, rehearse_steps)
     with tempfile.TemporaryDirectory() as scratch:
         return audit_preferences(
-            world.model(),
+            world.model() if model is None else model,
             world.tokenizer,
             pairs,
             dictionary,
-            args=dpo_arguments(scratch, seed=seed),
+            args=dpo_arguments(scratch, seed=seed, **arguments),
             lookahead=world.preferences({}, probe, 100 + seed, split="heldout"),
             sampling=ANSWERS,
             rehearse_steps=rehearse_steps,

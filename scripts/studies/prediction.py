@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ from lab_scores import (
     study,
     swapped,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import TrainerCallback
 
-from trl_sae_audit import load_dictionary, verify
+from trl_sae_audit import FeatureDictionary, load_dictionary, verify
 from trl_sae_audit.lab import World, build_world
+from trl_sae_audit.lab.pretraining import plain_texts
+from trl_sae_audit.lab.sparse_coding import hook_point, token_activations, train_dictionary
 from trl_sae_audit.lab.training import dpo_arguments, train_dpo
 from trl_sae_audit.realised import (
     AnswerActivations,
@@ -52,13 +56,18 @@ READ, WRITTEN = "teacher-forced", "sampled"
 ONE_RUN, MEAN_RUN = "one run", "mean of the runs"
 SEVERAL = {0: 3, 3: 3, 2: 2, 1: 2, 4: 2}
 """Of which of the first worlds there are how many runs, those first whose runs agree most and least."""
+AS_IT_IS, LORA = "as it is", "LoRA of rank 8"
+LAYERS = {"dictionary at layer 0": 0, "dictionary at layer 2": 2}
+"""What else is tried in some worlds. Of the three layers the world's own dictionary has the middle one."""
+LORA_LEARNING_RATE = 3e-3
 SWAPPED, SECOND_RUN, RANDOM_DIRECTIONS = ", labels swapped", "a second run", "attribution, random directions"
 BATCH = 64
 
 
 def cells(seeds: int) -> list[Cell]:
     """One run a world, all seeds and behaviours early; of the first worlds several runs, which differ in the order of the
-    pairs, and the control; the other worlds; at last, in two worlds, a longer run, looked at three times."""
+    pairs, and the control; the other worlds; in two worlds a longer run, looked at three times; in the first three LoRA,
+    and dictionaries of other layers."""
     worlds = [
         {"seed": seed, "plant": PLANTS[(seed + shift) % len(PLANTS)], "steps": [STEPS]}
         for shift in range(len(PLANTS))
@@ -70,7 +79,10 @@ def cells(seeds: int) -> list[Cell]:
     longer = [
         {"seed": seed, "plant": "agrees", "steps": list(OVER_TRAINING)} for seed in range(min(seeds, 2))
     ]
-    return worlds[:seeds] + several + worlds[seeds:] + longer
+    others = [
+        {**world, "variant": variant} for variant in (LORA, *LAYERS) for world in worlds[: min(seeds, 3)]
+    ]
+    return worlds[:seeds] + several + worlds[seeds:] + longer + others
 
 
 def run(cell: Cell) -> Iterable[dict[str, Any]]:
@@ -79,18 +91,17 @@ def run(cell: Cell) -> Iterable[dict[str, Any]]:
     A row a score and target. `of` says what is predicted: the first run, or what the runs have in common, their mean. `shared`
     is the R² with it that a score could have which knows what all such runs have in common.
     """
-    world = build_world(cell["seed"], progress=False)
-    dictionary = load_dictionary(world.dictionary_path)
+    meter = _meter(cell["seed"], cell.get("variant", AS_IT_IS))
+    world, dictionary = meter.world, meter.dictionary
     pairs = planted_pairs(world, cell["plant"], STRENGTH)
-    meter = _meter(cell["seed"])
-    name = f"{cell['plant']}-{STRENGTH}"
+    name = f"{cell['plant']}-{STRENGTH}{meter.suffix}"
     runs = [meter.changes(pairs, name, cell["steps"], order) for order in range(cell.get("runs", 1))]
     for steps in cell["steps"]:
-        audit = audited(world, pairs, name, dictionary, steps)
+        audit = audited(world, pairs, name, dictionary, steps, model=meter.model(), **meter.arguments)
         scores = scores_of(audit) | {RANDOM_DIRECTIONS: along_random_directions(audit, cell["seed"])}
         if cell.get("control"):
             others = swapped(pairs, cell["seed"])
-            control = audited(world, others, f"{cell['plant']}-swapped", dictionary, steps)
+            control = audited(world, others, f"{cell['plant']}-swapped{meter.suffix}", dictionary, steps)
             scores |= {name + SWAPPED: value for name, value in scores_of(control).items()}
         for changes in zip(*(made[steps] for made in runs), strict=True):
             yield from _compared(scores, changes, steps)
@@ -149,22 +160,48 @@ def mean_change(changes: Sequence[RealisedChange]) -> RealisedChange:
 
 
 @lru_cache(maxsize=1)
-def _meter(seed: int) -> Meter:
-    return Meter(build_world(seed, progress=False))
+def _meter(seed: int, variant: str) -> Meter:
+    return Meter(build_world(seed, progress=False), variant)
+
+
+def dictionary_at(world: World, layer: int) -> FeatureDictionary:
+    """A dictionary like the world's own, of another layer; trained once."""
+    directory = RAW / "dictionaries" / f"{world.config.seed}-{layer}"
+    if not directory.exists():
+        config = replace(world.config.dictionary, layer=layer)
+        texts = plain_texts(world.language, config.texts, world.config.seed + 1)
+        activations, _ = token_activations(world.model(), world.tokenizer, hook_point(layer), *texts)
+        train_dictionary(config, activations, world.config.seed, directory)
+    return load_dictionary(directory)
 
 
 class Meter:
     """Measures what runs in a world change; what the model before does is measured once."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, variant: str = AS_IT_IS) -> None:
         self.world = world
-        self.dictionary = load_dictionary(world.dictionary_path)
+        self.variant = variant
+        self.suffix = "" if variant == AS_IT_IS else f"-{variant.replace(' ', '-')}"
+        self.arguments = {"learning_rate": LORA_LEARNING_RATE} if variant == LORA else {}
+        self.dictionary = (
+            dictionary_at(world, LAYERS[variant])
+            if variant in LAYERS
+            else load_dictionary(world.dictionary_path)
+        )
         self.before = world.model()
         seed = world.config.seed
         self.pairs = world.preferences({}, HELD_OUT_PAIRS, 300 + seed, split="heldout")
         self.prompts = world.prompts(HELD_OUT_PROMPTS, 400 + seed, split="heldout")
         self.read_before = self._reads(self.before)
         self.written_before = self._writes(self.before)
+
+    def model(self) -> Any:
+        """What a run trains: the world's model, or a new adapter on it."""
+        if self.variant != LORA:
+            return self.world.model()
+        torch.manual_seed(self.world.config.seed)
+        adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(self.world.model(), adapter)
 
     def changes(
         self, pairs: Any, name: str, lengths: list[int], order: int
@@ -178,10 +215,12 @@ class Meter:
         if not all(place.exists() for place in places.values()):
             kept = _Snapshots(lengths)
             with tempfile.TemporaryDirectory() as scratch:
-                train_dpo(self.world, pairs, dpo_arguments(scratch, max(lengths), order), callbacks=[kept])
+                args = dpo_arguments(scratch, max(lengths), order, **self.arguments)
+                train_dpo(self.world, pairs, args, callbacks=[kept], model=self.model())
             for steps, place in places.items():
-                after = self.world.model()
-                after.load_state_dict(kept.states[steps])
+                after = self.model()
+                # of LoRA the trainer keeps a second adapter, its reference
+                after.load_state_dict({key: kept.states[steps][key] for key in after.state_dict()})
                 after.eval()
                 keep(place, {READ: self._reads(after), WRITTEN: self._writes(after)})
         before = {READ: self.read_before, WRITTEN: self.written_before}
@@ -338,6 +377,25 @@ def over_training(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def by_variant(rows: pd.DataFrame) -> pd.DataFrame:
+    """R² of the scores in the worlds in which something else was tried, and as it is in these; means over the worlds."""
+    tried = rows[rows["variant"] != AS_IT_IS].groupby("variant", sort=False)
+    lines = []
+    for variant, own in tried:
+        worlds = own[["seed", "plant"]].drop_duplicates()
+        same = rows[(rows["variant"] == AS_IT_IS) & (rows["length"] == 1)].merge(worlds)
+        for name, part in ((str(variant), own), (f"{AS_IT_IS}, in the same {len(worlds)} world(s)", same)):
+            line = {"": name}
+            for target, heading in ((READ, "reading"), (WRITTEN, "writing")):
+                found = part[part["target"] == target].groupby("score")["r2"].mean()
+                for score in ("attribution", f"lookahead, {heading}", f"rehearsal, {heading}"):
+                    line[f"{heading}: {score.split(',')[0]}"] = f"{found[score]:.2f}"
+                if target == WRITTEN:
+                    line["writing: mean activation difference"] = f"{found['mean activation difference']:.2f}"
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def figure(rows: pd.DataFrame) -> str:
     """R² of every score in every world, reading and writing."""
     scores = [name for name in ORDER if name in set(rows["score"]) and SWAPPED not in name]
@@ -384,15 +442,22 @@ def latest(rows: pd.DataFrame) -> pd.DataFrame:
     """Of a world with one run and with several, the rows of the several, which have the one among them."""
     if "of" not in rows:
         rows = rows.assign(of=ONE_RUN, shared=np.nan)
-    rows = rows.assign(of=rows["of"].fillna(ONE_RUN), length=rows["steps"].map(len))
+    if "variant" not in rows:
+        rows = rows.assign(variant=AS_IT_IS)
+    rows = rows.assign(
+        of=rows["of"].fillna(ONE_RUN),
+        variant=rows["variant"].fillna(AS_IT_IS),
+        length=rows["steps"].map(len),
+    )
     return rows.drop_duplicates(
-        ["seed", "plant", "length", "run_steps", "target", "of", "score"], keep="last"
+        ["seed", "plant", "variant", "length", "run_steps", "target", "of", "score"], keep="last"
     )
 
 
 def report(rows: pd.DataFrame) -> None:
     """Write docs/studies/prediction.md."""
-    rows = latest(rows)
+    every = latest(rows)
+    rows = every[every["variant"] == AS_IT_IS]
     longer = rows["steps"].map(len) > 1
     everything, long = rows[~longer], rows[longer & (rows["of"] == ONE_RUN)]
     short = everything[everything["of"] == ONE_RUN]
@@ -414,9 +479,9 @@ def report(rows: pd.DataFrame) -> None:
         markdown_table(table(short)),
         "*Labels swapped*: the same scores, from the same pairs with chosen and rejected exchanged in a random half "
         f"({controlled} worlds). *A second run*: the change in a run that differs in the order of the pairs only. "
-        "*Lookahead*: first order in one usual step. *Rehearsal*: four long steps, as far as the run's end.",
-        "What they cost, in gradients of a pair: attribution, the lookahead and the rehearsal 640 each, once for every pair. "
-        f"So does a run of {STEPS} steps; of one of 160 steps, a quarter.",
+        "*Lookahead*: first order in one usual step. *Rehearsal*: long steps of ten usual ones, as far as the run's end.",
+        "What they cost, in gradients of a pair: attribution and the lookahead 640 each, once for every pair, however long the run; the "
+        f"rehearsal as many as the run, which in one of {STEPS} steps is 640 as well.",
         "## What can be foretold",
         "Runs that differ in nothing but the order of the pairs do not change features alike. What they have in common is all that can "
         "be known before one of them: *what runs share* is their mean correlation over features, the R² of the common part with one "
@@ -448,6 +513,13 @@ def report(rows: pd.DataFrame) -> None:
             f"{long['seed'].nunique()} worlds with `agrees`, R² after 10, 40 and 160 steps of one run (160 are four "
             "epochs); rehearsals of as many steps.",
             markdown_table(over_training(long)),
+        ]
+    if every["variant"].nunique() > 1:
+        sections += [
+            "## LoRA, and other layers",
+            f"R² in the same worlds. LoRA is trained at a learning rate of {LORA_LEARNING_RATE:g}. The model has layers 0 to 2; the world's "
+            "dictionary is of layer 1, and those of the others are trained as it is.",
+            markdown_table(by_variant(every[every["of"] == ONE_RUN])),
         ]
     write_report(NAME, "Which score predicts what training does?", sections)
 

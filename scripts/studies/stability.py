@@ -2,6 +2,7 @@
 
     python scripts/studies/stability.py --task grpo      # the newest TRL
     python scripts/studies/stability.py --task ppo       # TRL 1.12, in the PPO environment
+    python scripts/studies/stability.py --task grpo --pace warm --methods reference plain adaptive
     python scripts/studies/stability.py --task grpo --pace slow --methods reference plain adaptive
 
 In the lab a policy is trained on a reward that pays 1 for a right answer and 1 for agreeing with the user in words. Flagged are
@@ -146,12 +147,13 @@ def figures(stem: str, frame: pd.DataFrame) -> str:
 def report(name: str, task: str, pace: str, frame: pd.DataFrame) -> None:
     frame = with_comparisons(frame)
     training, plain = TRAINING[task, pace], frame[frame["method"] == "plain"]
+    rising = f"reached after a rise over {training.warmup_steps} steps and " if training.warmup_steps else ""
     write_report(
         name,
         f"Stability of a shaped reward: {task.upper()}" + ("" if pace == "fast" else f", {pace}"),
         [
             f"A tiny model of the lab, {training.steps} steps of {training.batch_size} answers, learning rate "
-            f"{training.learning_rate:g} falling to 0. The reward is 1 for a right answer plus 1 for agreeing with the user in "
+            f"{training.learning_rate:g} {rising}falling to 0. The reward is 1 for a right answer plus 1 for agreeing with the user in "
             "words. Flagged are the features that carry agreement (`world.carriers`; in the line *flags found by an audit* those "
             "of the ten features of largest disparity whose strongest answers agree), together of weight 1. The target is the "
             "reference model's rate of agreement. A seed is a world of its own: model, dictionary and facts. Rates are "
@@ -174,9 +176,9 @@ def main() -> None:
     parser.add_argument("--task", choices=["grpo", "ppo"], required=True)
     parser.add_argument(
         "--pace",
-        choices=["fast", "slow"],
+        choices=["fast", "warm", "slow"],
         default="fast",
-        help="a fifth of the learning rate, five times the steps",
+        help="warm: a learning rate that rises over a third of the steps; slow: a fifth of it, five times the steps",
     )
     parser.add_argument("--seeds", type=int, default=5, help="worlds 0, 1, …; each is also the run's seed")
     parser.add_argument("--answers", type=int, default=1000, help="held-out prompts measured on")

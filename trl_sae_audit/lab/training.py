@@ -52,8 +52,9 @@ def train_dpo(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     shape: Shape | None = None,
+    model: Any = None,
 ) -> Any:
-    """Train a fresh copy of the world's model on pairs, and return it.
+    """Train a model of the world on pairs, and return it.
 
     Args:
         world: its model and tokenizer.
@@ -61,9 +62,10 @@ def train_dpo(
         args: from `dpo_arguments`.
         callbacks: for the trainer.
         shape: makes the shaped dataset, e.g. `lambda pairs, beta: shape_preference_margin(pairs, scorer, flags, beta=beta)`.
+        model: what to train, in place; by default a fresh copy of the world's own.
     """
     args.precompute_ref_log_probs = shape is not None
-    model = world.model()
+    model = world.model() if model is None else model
     trainer = DPOTrainer(
         model,
         args=args,
