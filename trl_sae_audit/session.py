@@ -18,6 +18,7 @@ from transformers import Trainer
 from . import metrics, reporters
 from .channel import Channel, Columns
 from .checkpoint import CallbackState
+from .continuation import Continuation
 from .dictionary import FeatureDictionary
 from .engines import check_engine, check_probe, gradient_divisor, whole_forward
 from .errors import AuditError
@@ -26,8 +27,6 @@ from .microbatch import Batch
 from .preflight import as_probe, check_dictionary, model_name, resolve_watch
 from .record import RunRecord
 from .record_keeping import RecordKeeper
-from .record_manifest import MANIFEST, is_same_run, read_manifest
-from .record_writer import RecordWriter
 from .seams import Seams
 from .totals import FeatureTotals
 from .trainers import LAYOUTS, policy_of, trainer_kind
@@ -79,7 +78,6 @@ class Session:
         self.global_steps: list[int] = []
         self.finished = False
         self.failed = False
-        self._position = position
         self._projected_step = 0
         self._health_step = 0
         self._baselines: dict[str, Tensor] = {}
@@ -97,13 +95,14 @@ class Session:
         if self._probe is not None:
             check_probe(trainer.accelerator)
         output_dir = record_directory(settings, trainer)
-        state = self._load_state(output_dir)
+        self._continuation = Continuation(trainer, output_dir, settings.dictionaries, position)
+        state = self._continuation.load()
         if state:
             self.step = self._projected_step = state.step
             self._baselines = dict(state.baselines)
         self._keeper: RecordKeeper | None = None
         if trainer.accelerator.is_main_process:
-            writer = self._open_record(output_dir, points, watch, state)
+            writer = self._continuation.open_record(self._header(points, watch), state)
             self._keeper = RecordKeeper(writer, settings.flush_seconds)
         self.channels: list[Channel] = []
         self._seams: Seams | None = None
@@ -122,8 +121,8 @@ class Session:
                 )
             if state is None:
                 self._measure_drift()
-            elif not CallbackState.is_in(self._state_directory()):
-                self._save_state(state)
+            elif self._keeper is not None and not self._continuation.is_saved:
+                self._continuation.save(state)
             self._seams = Seams(trainer, self)
         except BaseException:
             self.abort()
@@ -183,13 +182,13 @@ class Session:
         self._project()
         if self._keeper is None:
             return
-        CallbackState.discard(self._state_directory())
+        self._continuation.discard()
         self._keeper.write(self.step, self._totals(), self._state().note(self.trainer.state.global_step))
 
     def after_checkpoint(self) -> None:
         """Put what a resumed run needs into the checkpoint that the trainer has made."""
         if self._keeper is not None:
-            self._save_state(self._state())
+            self._continuation.save(self._state())
 
     def before_train_end(self) -> None:
         """Show the top features on the trainer's dashboards, which close before this callback hears of the end."""
@@ -348,45 +347,6 @@ class Session:
     def _state(self) -> CallbackState:
         return CallbackState(self.step, self._totals(), self._baselines)
 
-    def _save_state(self, state: CallbackState) -> None:
-        if self._keeper is None:
-            return
-        try:
-            state.save(self._state_directory(), self.settings.dictionaries)
-        except OSError as error:
-            logger.error(
-                "%s has no state of this callback, for it cannot be written (%s). A run can be resumed from it as long as "
-                "the record in %s ends there.",
-                *(self._state_directory().parent, error.strerror, self._keeper.directory),
-            )
-
-    def _open_record(
-        self,
-        output_dir: Path,
-        points: list[HookPoint],
-        watch: dict[str, dict[str, int]],
-        state: CallbackState | None,
-    ) -> RecordWriter:
-        header = self._header(points, watch)
-        if state is not None and (output_dir / MANIFEST).exists():
-            return RecordWriter.resume(output_dir, header, state.step, state.totals)
-        anew = self._left_no_checkpoint(output_dir, header)
-        if anew:
-            logger.warning(
-                "%s holds the record of this very run, which was killed before its first checkpoint: it begins anew.",
-                output_dir,
-            )
-        return RecordWriter.create(output_dir, header, anew=anew)
-
-    def _left_no_checkpoint(self, output_dir: Path, header: Mapping[str, Any]) -> bool:
-        """Whether the same run was killed here, and can only be started from its beginning."""
-        if self.trainer.state.global_step or not (output_dir / MANIFEST).exists():
-            return False
-        if any(Path(self.trainer.args.output_dir).glob("checkpoint-*")):
-            return False
-        manifest = read_manifest(output_dir)
-        return manifest.status == "running" and is_same_run(manifest, header)
-
     def _header(self, points: list[HookPoint], watch: dict[str, dict[str, int]]) -> dict[str, Any]:
         trainer = self.trainer
         return {
@@ -406,30 +366,3 @@ class Session:
             },
             "arguments": json.loads(json.dumps(trainer.args.to_dict(), default=str)),
         }
-
-    def _state_directory(self) -> Path:
-        checkpoint = Path(self.trainer.args.output_dir) / f"checkpoint-{self.trainer.state.global_step}"
-        return checkpoint / f"sae_audit_{self._position}"
-
-    def _load_state(self, output_dir: Path) -> CallbackState | None:
-        """What the checkpoint being resumed from says; None in a new run, or where the callback is new to it."""
-        if self.trainer.state.global_step == 0:
-            return None
-        directory = self._state_directory()
-        if not CallbackState.is_in(directory):
-            global_step, dictionaries = self.trainer.state.global_step, self.settings.dictionaries
-            state = CallbackState.of_record(output_dir, global_step, dictionaries)
-            if state is not None:
-                return state
-            if output_dir.exists():
-                raise AuditError(
-                    f"The run resumes at step {self.trainer.state.global_step}, but {directory.parent} holds no state "
-                    f"of this callback to continue the record in {output_dir} with; choose a new output_dir, which "
-                    "then begins at this step."
-                )
-            logger.warning(
-                "The run resumes at step %d without a state of this callback: its record begins there.",
-                self.trainer.state.global_step,
-            )
-            return None
-        return CallbackState.load(directory, self.settings.dictionaries)
