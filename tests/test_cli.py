@@ -221,7 +221,7 @@ def test_exit_code_of_a_command_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_example_configuration_is_accepted() -> None:
     from trl_sae_audit.commands.arguments import ModelArguments, TextArguments, parse
-    from trl_sae_audit.train_sae import TrainSAEConfig
+    from trl_sae_audit.train_sae_config import TrainSAEConfig
 
     dataclasses = (ModelArguments, TextArguments, TrainSAEConfig)
     _, texts, config = parse("train-sae", "", dataclasses, ["--config", str(CONFIGS / "train_sae.yaml")])

@@ -18,7 +18,8 @@ from trl_sae_audit import FeatureDictionary, load_dictionary
 from trl_sae_audit.commands.doctor import show
 from trl_sae_audit.doctor import Check, Diagnosis, diagnose, trainer_support
 from trl_sae_audit.terminal import OutputArguments
-from trl_sae_audit.train_sae import TrainSAEConfig, train_dictionary
+from trl_sae_audit.train_sae import train_dictionary
+from trl_sae_audit.train_sae_config import TrainSAEConfig
 
 TEXTS = make_texts(40)
 

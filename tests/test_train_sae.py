@@ -23,7 +23,8 @@ from trl_sae_audit.health import Health, health
 from trl_sae_audit.hook_points import resolve_hook_point
 from trl_sae_audit.residual_stream import TokenRules, hidden_states, residual_stream, token_windows
 from trl_sae_audit.texts import read_texts
-from trl_sae_audit.train_sae import TrainSAEConfig, fault_of, train_dictionary
+from trl_sae_audit.train_sae import fault_of, train_dictionary
+from trl_sae_audit.train_sae_config import TrainSAEConfig
 
 HOOK = "blocks.1.hook_resid_post"
 

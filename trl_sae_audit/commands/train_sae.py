@@ -9,7 +9,8 @@ from dataclasses import asdict
 from rich.table import Table
 
 from ..terminal import OutputArguments, table, to_copy
-from ..train_sae import TrainedDictionary, TrainSAEConfig, train_dictionary
+from ..train_sae import TrainedDictionary, train_dictionary
+from ..train_sae_config import TrainSAEConfig
 from .arguments import ModelArguments, TextArguments, load_model, parse
 
 DESCRIPTION = (
