@@ -185,28 +185,18 @@ def training_stages(
 
 def trainer_of(features: int, width: int, with_callback: bool, root: Path) -> list[dict[str, Any]]:
     """TRL's DPO on a model of `width`, 30 steps of 4 pairs."""
-    from bench_overhead import tiny_parts
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import DPOConfig, DPOTrainer
+    from tiny import quiet_config, tiny_parts
+    from trl import DPOTrainer
 
-    _, tokenizer, dataset, _ = tiny_parts()
-    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape, **heads)
+    build, tokenizer, dataset, _ = tiny_parts(width=width, layers=2, features=1, hook_point="model.layers.1")
     dictionary = load_dictionary(root / "sae") if with_callback else None
     stages = Stages()
     with stages.stage("training"):
         trainer = DPOTrainer(
-            LlamaForCausalLM(config),
-            args=DPOConfig(
-                output_dir=str(root / "out"),
-                per_device_train_batch_size=4,
-                max_steps=30,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                disable_tqdm=True,
+            build(),
+            build(),
+            args=quiet_config(
+                root / "out", per_device_train_batch_size=4, max_steps=30, save_strategy="no", use_cpu=True
             ),
             train_dataset=dataset,
             processing_class=tokenizer,

@@ -164,5 +164,15 @@ def test_through_an_audit(tokenizer, tmp_path):
         **options,
     )
     assert both.features()["rehearsed_sampled_change"].abs().max() > 0
+    (again, other) = (
+        audit_preferences(
+            model, tokenizer, pairs(8), dictionary, rehearse_steps=12, rehearse_parts=parts, **options
+        ).features()["rehearsed_change"]
+        for parts in (4, 6)
+    )
+    assert again.equals(table["rehearsed_change"])
+    assert not other.equals(again)
+    with pytest.raises(AuditError, match="pass rehearse_steps= as well"):
+        audit_preferences(model, tokenizer, pairs(8), dictionary, rehearse_parts=2, **options)
     with pytest.raises(AuditError, match="rehearse_steps= is for a lookahead"):
         audit_preferences(model, tokenizer, pairs(8), dictionary, rehearse_steps=12)

@@ -43,6 +43,7 @@ def audit_preferences(
     on_bad_row: str = "stop",
     lookahead: Source | None = None,
     rehearse_steps: float | None = None,
+    rehearse_parts: int | None = None,
     optimizer: UpdateRule | torch.optim.Optimizer | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -77,6 +78,8 @@ def audit_preferences(
             feature's mean activation on their answers. A second, dearer pass: parameter gradients of the dataset.
         rehearse_steps: with a lookahead: also look as far as the end of a run of that many steps at the full learning rate
             (of one whose rate falls linearly to 0, half its steps), see `Rehearsal`. A third, dearer pass.
+        rehearse_parts: into how many long steps it takes these together, by default at most ten in one. More where the learning rate
+            is high, with LoRA say.
         optimizer: whose step; an `UpdateRule`, or a running `torch.optim.AdamW` or `SGD` over the model's parameters;
             by default the usual step of a trainer with `args`.
         seed: of the random flips and splits of the statistics.
@@ -118,14 +121,21 @@ def audit_preferences(
     loss = PreferenceLoss(tokenizer, args)
     run = AuditRun(model, dictionary, loss, reference=ref_model, settings=settings, progress=progress)
     audit = run.over(dataset, PairCheck(), output_dir)
-    for name, option in (("sampling", sampling), ("rehearse_steps", rehearse_steps)):
+    for name, option in (
+        ("sampling", sampling),
+        ("rehearse_steps", rehearse_steps),
+        ("rehearse_parts", rehearse_parts),
+    ):
         if lookahead is None and option is not None:
             raise AuditError(
                 f"{name}= is for a lookahead; pass lookahead= with held-out pairs, or leave it out."
             )
+    if rehearse_steps is None and rehearse_parts is not None:
+        raise AuditError("rehearse_parts= is for a rehearsal; pass rehearse_steps= as well, or leave it out.")
     if lookahead is not None:
         rule = _update_rule(optimizer, model, loss.trainer.args)
-        run.look_ahead(audit, dataset, lookahead, rule, sampling, rehearse_steps, tokenizer)
+        rehearsed = None if rehearse_steps is None else (rehearse_steps, rehearse_parts)
+        run.look_ahead(audit, dataset, lookahead, rule, sampling, rehearsed, tokenizer)
     return audit
 
 

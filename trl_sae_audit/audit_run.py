@@ -116,10 +116,11 @@ class AuditRun:
         probe: Source,
         rule: UpdateRule,
         sampling: Sampling | None,
-        rehearse_steps: float | None,
+        rehearsed: tuple[float, int | None] | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Add a lookahead to the finished audit of `dataset`; see `audit_preferences`."""
+        """Add a lookahead to the finished audit of `dataset`; see `audit_preferences`. `rehearsed` are the steps and parts of a
+        rehearsal."""
         rows = list(iterate_rows(probe))
         check = PairCheck()
         for row in rows:
@@ -132,7 +133,6 @@ class AuditRun:
         description = rule.describe() | {
             "probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest(),
             "sampling": None if sampling is None else asdict(sampling),
-            "rehearse_steps": rehearse_steps,
             "predictions": list(PREDICTIONS),
         }
         lookahead = Lookahead(
@@ -145,10 +145,12 @@ class AuditRun:
             lambda: batched(held_out, self.settings.batch_size),
             reference=self._reference,
         )
+        rehearsal = None if rehearsed is None else Rehearsal(lookahead, *rehearsed)
+        description["rehearsal"] = None if rehearsal is None else [rehearsal.steps, rehearsal.parts]
         audit.look_ahead(
             lookahead,
             description,
-            None if rehearse_steps is None else Rehearsal(lookahead, rehearse_steps),
+            rehearsal,
             None if sampling is None else lambda: self._sampled(rows, sampling, tokenizer),
         )
 

@@ -234,7 +234,7 @@ def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
         "Spearman's rank correlation, precision the share of the 20 largest changes found with the right sign. Means over the "
         "seeds; in brackets the smallest and the largest seed. The ceiling is what a score that knows the change "
         "of all such texts could be expected to reach, given how few instructions it was measured on; a lookahead on these very texts "
-        "may lie above it.",
+        "may lie above it. *A second run* has its pairs in another order, and samples with other random numbers: no score can know more.",
     ]
     for kind in ("teacher-forced", "sampled"):
         part = results[results["target"] == kind]
@@ -243,10 +243,12 @@ def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
             f"{part['features'].mean():.0f} features on average; ceiling {part.groupby('seed')['ceiling'].first().mean():.2f}.",
             common.markdown_table(table_of(part, name, seeds, kind)),
         ]
-    best = results[(results["target"] == "teacher-forced") & (results["score"] == BEST)]["r2"]
+    given = results[(results["target"] == "teacher-forced") & ~results["score"].isin([SECOND_RUN])]
+    first_score = str(given.groupby("score")["r2"].mean().idxmax())
+    best = given[given["score"] == first_score]["r2"]
     sections.insert(
         2,
-        f"The goal was R² ≥ 0.8 teacher-forced: `{BEST}` reaches it in {int((best >= 0.8).sum())} of {len(best)} runs "
+        f"The goal was R² ≥ 0.8 teacher-forced: `{first_score}` reaches it in {int((best >= 0.8).sum())} of {len(best)} runs "
         f"({', '.join(f'{value:.2f}' for value in best)}).",
     )
     sections += ["## Figure", figure(name, seeds)]

@@ -104,6 +104,7 @@ def audited(
     probe: int = PROBE,
     *,
     model: Any = None,
+    rehearse_parts: int | None = None,
     **arguments: Any,
 ) -> Audit:
     """An audit with every lookahead, on held-out prompts and plain answers that no label touches.
@@ -122,6 +123,7 @@ def audited(
             lookahead=world.preferences({}, probe, 100 + seed, split="heldout"),
             sampling=ANSWERS,
             rehearse_steps=rehearse_steps,
+            rehearse_parts=rehearse_parts,
             batch_size=32,
             output_dir=directory,
             progress=False,

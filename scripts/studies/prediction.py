@@ -57,6 +57,7 @@ ONE_RUN, MEAN_RUN = "one run", "mean of the runs"
 SEVERAL = {0: 3, 3: 3, 2: 2, 1: 2, 4: 2}
 """Of which of the first worlds there are how many runs, those first whose runs agree most and least."""
 AS_IT_IS, LORA = "as it is", "LoRA of rank 8"
+FINELY = f"{LORA}, rehearsed in {STEPS // 2} long steps"
 LAYERS = {"dictionary at layer 0": 0, "dictionary at layer 2": 2}
 """What else is tried in some worlds. Of the three layers the world's own dictionary has the middle one."""
 LORA_LEARNING_RATE = 3e-3
@@ -80,7 +81,9 @@ def cells(seeds: int) -> list[Cell]:
         {"seed": seed, "plant": "agrees", "steps": list(OVER_TRAINING)} for seed in range(min(seeds, 2))
     ]
     others = [
-        {**world, "variant": variant} for variant in (LORA, *LAYERS) for world in worlds[: min(seeds, 3)]
+        {**world, "variant": variant}
+        for variant in (LORA, *LAYERS, FINELY)
+        for world in worlds[: min(seeds, 3)]
     ]
     return worlds[:seeds] + several + worlds[seeds:] + longer + others
 
@@ -97,7 +100,8 @@ def run(cell: Cell) -> Iterable[dict[str, Any]]:
     name = f"{cell['plant']}-{STRENGTH}{meter.suffix}"
     runs = [meter.changes(pairs, name, cell["steps"], order) for order in range(cell.get("runs", 1))]
     for steps in cell["steps"]:
-        audit = audited(world, pairs, name, dictionary, steps, model=meter.model(), **meter.arguments)
+        options = {"model": meter.model(), "rehearse_parts": meter.parts, **meter.arguments}
+        audit = audited(world, pairs, name, dictionary, steps, **options)
         scores = scores_of(audit) | {RANDOM_DIRECTIONS: along_random_directions(audit, cell["seed"])}
         if cell.get("control"):
             others = swapped(pairs, cell["seed"])
@@ -180,9 +184,10 @@ class Meter:
 
     def __init__(self, world: World, variant: str = AS_IT_IS) -> None:
         self.world = world
-        self.variant = variant
-        self.suffix = "" if variant == AS_IT_IS else f"-{variant.replace(' ', '-')}"
-        self.arguments = {"learning_rate": LORA_LEARNING_RATE} if variant == LORA else {}
+        self.suffix = "" if variant == AS_IT_IS else "-" + variant.replace(",", "").replace(" ", "-")
+        self.lora = variant in (LORA, FINELY)
+        self.arguments = {"learning_rate": LORA_LEARNING_RATE} if self.lora else {}
+        self.parts = STEPS // 2 if variant == FINELY else None
         self.dictionary = (
             dictionary_at(world, LAYERS[variant])
             if variant in LAYERS
@@ -197,7 +202,7 @@ class Meter:
 
     def model(self) -> Any:
         """What a run trains: the world's model, or a new adapter on it."""
-        if self.variant != LORA:
+        if not self.lora:
             return self.world.model()
         torch.manual_seed(self.world.config.seed)
         adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

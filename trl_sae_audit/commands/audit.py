@@ -82,6 +82,13 @@ class AuditArguments:
             "pass over the data. Steps at the full learning rate: of a linear schedule half."
         },
     )
+    rehearse_parts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take these steps together to that many long ones. More than one for ten where the learning rate is high, with "
+            "LoRA say."
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest of those answers."})
     influence: str | None = field(
         default=None,
@@ -136,6 +143,7 @@ def main(argv: Sequence[str]) -> int:
         lookahead=arguments.lookahead,
         sampling=sampling,
         rehearse_steps=arguments.rehearse_steps,
+        rehearse_parts=arguments.rehearse_parts,
         seed=arguments.seed,
     )
     if arguments.influence:
