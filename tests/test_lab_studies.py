@@ -186,8 +186,8 @@ def test_other_layers_and_lora_stand_beside_the_same_worlds(studies):
         for score in scores
     ]
     found = prediction.by_variant(prediction.latest(pd.DataFrame(rows)))
-    assert found[""].tolist() == [prediction.LORA, f"{prediction.AS_IT_IS}, in the same 1 world(s)"]
-    assert found["writing: rehearsal"].tolist() == ["0.25", "0.50"]
+    assert found[""].tolist() == [prediction.AS_IT_IS, prediction.LORA]
+    assert found["writing: rehearsal"].tolist() == ["0.50", "0.25"]
 
 
 def test_a_pace_has_cells_of_its_own_and_leaves_the_fast_ones_as_they_were(studies, monkeypatch):

@@ -78,8 +78,7 @@ def audit_preferences(
             feature's mean activation on their answers. A second, dearer pass: parameter gradients of the dataset.
         rehearse_steps: with a lookahead: also look as far as the end of a run of that many steps at the full learning rate
             (of one whose rate falls linearly to 0, half its steps), see `Rehearsal`. A third, dearer pass.
-        rehearse_parts: into how many long steps it takes these together, by default at most ten in one. More where the learning rate
-            is high, with LoRA say.
+        rehearse_parts: into how many long steps it takes these together, by default at most ten in one.
         optimizer: whose step; an `UpdateRule`, or a running `torch.optim.AdamW` or `SGD` over the model's parameters;
             by default the usual step of a trainer with `args`.
         seed: of the random flips and splits of the statistics.

@@ -57,7 +57,7 @@ ONE_RUN, MEAN_RUN = "one run", "mean of the runs"
 SEVERAL = {0: 3, 3: 3, 2: 2, 1: 2, 4: 2}
 """Of which of the first worlds there are how many runs, those first whose runs agree most and least."""
 AS_IT_IS, LORA = "as it is", "LoRA of rank 8"
-FINELY = f"{LORA}, rehearsed in {STEPS // 2} long steps"
+FINELY, GENTLY = f"{LORA}, rehearsed in {STEPS // 2} long steps", f"{LORA}, a third of the learning rate"
 LAYERS = {"dictionary at layer 0": 0, "dictionary at layer 2": 2}
 """What else is tried in some worlds. Of the three layers the world's own dictionary has the middle one."""
 LORA_LEARNING_RATE = 3e-3
@@ -82,7 +82,7 @@ def cells(seeds: int) -> list[Cell]:
     ]
     others = [
         {**world, "variant": variant}
-        for variant in (LORA, *LAYERS, FINELY)
+        for variant in (LORA, *LAYERS, FINELY, GENTLY)
         for world in worlds[: min(seeds, 3)]
     ]
     return worlds[:seeds] + several + worlds[seeds:] + longer + others
@@ -185,8 +185,9 @@ class Meter:
     def __init__(self, world: World, variant: str = AS_IT_IS) -> None:
         self.world = world
         self.suffix = "" if variant == AS_IT_IS else "-" + variant.replace(",", "").replace(" ", "-")
-        self.lora = variant in (LORA, FINELY)
-        self.arguments = {"learning_rate": LORA_LEARNING_RATE} if self.lora else {}
+        self.lora = variant.startswith(LORA)
+        rate = LORA_LEARNING_RATE / (3 if variant == GENTLY else 1)
+        self.arguments = {"learning_rate": rate} if self.lora else {}
         self.parts = STEPS // 2 if variant == FINELY else None
         self.dictionary = (
             dictionary_at(world, LAYERS[variant])
@@ -384,20 +385,19 @@ def over_training(rows: pd.DataFrame) -> pd.DataFrame:
 
 def by_variant(rows: pd.DataFrame) -> pd.DataFrame:
     """R² of the scores in the worlds in which something else was tried, and as it is in these; means over the worlds."""
-    tried = rows[rows["variant"] != AS_IT_IS].groupby("variant", sort=False)
+    tried = rows[rows["variant"] != AS_IT_IS]
+    worlds = tried[["seed", "plant"]].drop_duplicates()
+    same = rows[(rows["variant"] == AS_IT_IS) & (rows["length"] == 1)].merge(worlds)
     lines = []
-    for variant, own in tried:
-        worlds = own[["seed", "plant"]].drop_duplicates()
-        same = rows[(rows["variant"] == AS_IT_IS) & (rows["length"] == 1)].merge(worlds)
-        for name, part in ((str(variant), own), (f"{AS_IT_IS}, in the same {len(worlds)} world(s)", same)):
-            line = {"": name}
-            for target, heading in ((READ, "reading"), (WRITTEN, "writing")):
-                found = part[part["target"] == target].groupby("score")["r2"].mean()
-                for score in ("attribution", f"lookahead, {heading}", f"rehearsal, {heading}"):
-                    line[f"{heading}: {score.split(',')[0]}"] = f"{found[score]:.2f}"
-                if target == WRITTEN:
-                    line["writing: mean activation difference"] = f"{found['mean activation difference']:.2f}"
-            lines.append(line)
+    for variant, part in [(AS_IT_IS, same), *tried.groupby("variant", sort=False)]:
+        line = {"": str(variant)}
+        for target, heading in ((READ, "reading"), (WRITTEN, "writing")):
+            found = part[part["target"] == target].groupby("score")["r2"].mean()
+            for score in ("attribution", f"lookahead, {heading}", f"rehearsal, {heading}"):
+                line[f"{heading}: {score.split(',')[0]}"] = f"{found[score]:.2f}"
+            if target == WRITTEN:
+                line["writing: mean activation difference"] = f"{found['mean activation difference']:.2f}"
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -522,7 +522,7 @@ def report(rows: pd.DataFrame) -> None:
     if every["variant"].nunique() > 1:
         sections += [
             "## LoRA, and other layers",
-            f"R² in the same worlds. LoRA is trained at a learning rate of {LORA_LEARNING_RATE:g}. The model has layers 0 to 2; the world's "
+            f"R² in the same three worlds. LoRA is trained at a learning rate of {LORA_LEARNING_RATE:g}. The model has layers 0 to 2; the world's "
             "dictionary is of layer 1, and those of the others are trained as it is.",
             markdown_table(by_variant(every[every["of"] == ONE_RUN])),
         ]

@@ -85,8 +85,7 @@ class AuditArguments:
     rehearse_parts: int | None = field(
         default=None,
         metadata={
-            "help": "Take these steps together to that many long ones. More than one for ten where the learning rate is high, with "
-            "LoRA say."
+            "help": "Take these steps together to that many long ones. By default to one for ten, but four at least."
         },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest of those answers."})
