@@ -7,6 +7,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -85,13 +86,16 @@ def encode_pairs(
         `input_ids`, `attention_mask` and `answer_mask` (the answer's tokens, its end and verdict included), each
         [n, length], the masks boolean.
     """
-    starts = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    assert isinstance(tokenizer.pad_token_id, int)
+    starts = torch.tensor([len(ids) for ids in tokenizer(prompts)["input_ids"]])
     endings = [""] * len(prompts) if verdicts is None else verdicts
     texts = [f"{p} {a} {EOS} {v}" for p, a, v in zip(prompts, answers, endings, strict=True)]
-    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"].bool()
-    answer_mask = attention_mask & (torch.arange(input_ids.shape[1]) >= torch.tensor(starts)[:, None])
-    return input_ids, attention_mask, answer_mask
+    # Padded here: the tokenizer's own way to one tensor takes twice as long, a tenth of a world's build.
+    rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    positions = torch.arange(input_ids.shape[1])
+    attention_mask = positions < torch.tensor([len(row) for row in rows])[:, None]
+    return input_ids, attention_mask, attention_mask & (positions >= starts[:, None])
 
 
 def pretrain(

@@ -45,7 +45,7 @@ class WorldConfig:
     """Held-out answers from which the features' ground truth is computed."""
     evaluation_prompts: int = 1000
     """Held-out prompts on which the model's own rates are measured."""
-    threads: int = 1
+    threads: int = 2
     """CPU threads of the build; they decide the order of sums, and so belong to the configuration."""
 
 
@@ -193,7 +193,7 @@ class World:
 def build_world(seed: int = 0, config: WorldConfig | None = None, progress: bool = True) -> World:
     """Build a world, or load it if it was built before with the same configuration and code.
 
-    Takes about a minute on one CPU core, offline. See `lab.cache` for where it is kept.
+    Takes about a minute on two CPU cores, offline. See `lab.cache` for where it is kept.
 
     Args:
         seed: The world's seed, where no `config` is given.
