@@ -7,7 +7,6 @@ PYTHON ?= python3
 WORKERS ?= 2
 PINS := pyproject.toml constraints-base.txt
 
-export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo docs test test-newest test-ppo browser lint clean
@@ -19,6 +18,9 @@ demo: .venv/.installed
 # the documentation as a site, in site/
 docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+# one thread a worker
+test-newest test-ppo: export OMP_NUM_THREADS ?= 1
 
 test: lint test-newest test-ppo
 

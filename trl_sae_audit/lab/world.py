@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trl_sae_audit.lab.cache import cache_key, cache_root, cached
 from trl_sae_audit.lab.language import Attributes, BaseRates, Language, Split
 from trl_sae_audit.lab.pretraining import ModelConfig
@@ -45,8 +47,9 @@ class WorldConfig:
     """Held-out answers from which the features' ground truth is computed."""
     evaluation_prompts: int = 1000
     """Held-out prompts on which the model's own rates are measured."""
-    threads: int = 2
-    """CPU threads of the build; they decide the order of sums, and so belong to the configuration."""
+    threads: int = field(default_factory=lambda: min(2, torch.get_num_threads()))
+    """CPU threads of the build; they decide the order of sums, and so belong to the configuration. By default two, unless torch is
+    told to use one: beside another busy process two threads wait for each other, and take longer than one."""
 
 
 class World:
@@ -193,7 +196,7 @@ class World:
 def build_world(seed: int = 0, config: WorldConfig | None = None, progress: bool = True) -> World:
     """Build a world, or load it if it was built before with the same configuration and code.
 
-    Takes about a minute on two CPU cores, offline. See `lab.cache` for where it is kept.
+    Takes about a minute on two CPU cores, half more on one, offline. See `lab.cache` for where it is kept.
 
     Args:
         seed: The world's seed, where no `config` is given.
