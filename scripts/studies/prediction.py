@@ -321,16 +321,16 @@ def leads(rows: pd.DataFrame, best: dict[str, str]) -> pd.DataFrame:
             index=["seed", "plant"], columns="score", values="r2"
         )
         ours = wide[best[target]]
-        kind, what = best[target].split(", ")
         others = [
             "disparity",
             "mean activation difference",
             "attribution",
             "activation attribution",
-            f"{'lookahead' if kind == 'rehearsal' else 'rehearsal'}, {what}",
+            f"lookahead, {heading}",
+            f"rehearsal, {heading}",
             best[target] + SWAPPED,
         ]
-        for other in others:
+        for other in [name for name in others if name != best[target]]:
             gap = (ours - wide[other]).dropna().to_numpy()
             interval = bootstrap_interval(gap)
             lines.append(
