@@ -4,15 +4,14 @@ One step's derivative says where a run sets out. It does not say where it gets t
 has right stop pulling, and what its weights do to its activations changes. A rehearsal takes K long steps, each
 `steps / K` times the run's usual one and at the weights the one before has led to. Each is on as many examples as the run has in
 that time, and on its own share of the data where there is more. So it costs as many gradients as the run takes, or one pass over
-the data, whichever is more.
+the data, whichever is more; and the tokens of all examples in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -62,12 +61,15 @@ class Rehearsal:
             AuditError: there is no example.
         """
         if not self._shift:
-            ahead, shares = self.ahead, self._shares()
+            ahead = self.ahead
+            # kept: read and tokenized anew for every long step, they would take longer than the gradients of a small share
+            examples = list(ahead.examples())
+            shares = self._shares(examples)
             start = {name: value.detach().clone() for name, value in ahead.parameters.items()}
             moments = ahead.new_moments()
             try:
                 for part in range(self.parts):
-                    share = islice(ahead.examples(), part % shares, None, shares)
+                    share = examples[part % shares :: shares]
                     gradient, _ = ahead.gradient(share, moments, start if part else None)
                     batches = None if moments is None else moments.result(gradient)
                     step = ahead.rule.affine(gradient, ahead.parameters, batches).step(gradient)
@@ -79,13 +81,12 @@ class Rehearsal:
                 _put(ahead.parameters, start)
         return self._shift
 
-    def _shares(self) -> int:
+    def _shares(self, examples: Sequence[Sized]) -> int:
         """Into how many parts the data are cut, of which each long step takes the next."""
-        sizes = [len(batch) for batch in self.ahead.examples()]
-        if not sizes:
+        if not examples:
             raise AuditError("There is no example to rehearse a run on; give at least one.")
         in_a_step = self.steps / self.parts * (self.ahead.rule.batch_size or 1)
-        return max(1, min(self.parts, len(sizes), int(sum(sizes) / in_a_step)))
+        return max(1, min(self.parts, len(examples), int(sum(map(len, examples)) / in_a_step)))
 
     @contextlib.contextmanager
     def moved(self) -> Iterator[None]:

@@ -243,7 +243,7 @@ def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
             f"{part['features'].mean():.0f} features on average; ceiling {part.groupby('seed')['ceiling'].first().mean():.2f}.",
             common.markdown_table(table_of(part, name, seeds, kind)),
         ]
-    given = results[(results["target"] == "teacher-forced") & ~results["score"].isin([SECOND_RUN])]
+    given = results[(results["target"] == "teacher-forced") & (results["score"] != SECOND_RUN)]
     first_score = str(given.groupby("score")["r2"].mean().idxmax())
     best = given[given["score"] == first_score]["r2"]
     sections.insert(

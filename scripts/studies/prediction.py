@@ -519,10 +519,11 @@ def report(rows: pd.DataFrame) -> None:
             "epochs); rehearsals of as many steps.",
             markdown_table(over_training(long)),
         ]
-    if every["variant"].nunique() > 1:
+    tried = every[every["variant"] != AS_IT_IS]
+    if len(tried):
         sections += [
             "## LoRA, and other layers",
-            f"R² in the same three worlds. LoRA is trained at a learning rate of {LORA_LEARNING_RATE:g}. The model has layers 0 to 2; the world's "
+            f"R² in the same {tried.groupby(['seed', 'plant']).ngroups} worlds. LoRA is trained at a learning rate of {LORA_LEARNING_RATE:g}. The model has layers 0 to 2; the world's "
             "dictionary is of layer 1, and those of the others are trained as it is.",
             markdown_table(by_variant(every[every["of"] == ONE_RUN])),
         ]
