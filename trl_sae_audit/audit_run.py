@@ -32,7 +32,7 @@ from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
 from .preflight import check_dictionary, check_whole, model_name
 from .rehearsal import Rehearsal
 from .rewards import AnswerCheck, answer_ids
-from .sampling import Sampling, answer_batches, sample_ids
+from .sampling import Sampling, sampled_batches
 from .update_rule import UpdateRule
 
 logger = logging.getLogger(__name__)
@@ -160,20 +160,15 @@ class AuditRun:
         """Answers of the model itself at the prompts of some rows, in batches."""
         prompts = [answer_ids(tokenizer, (row.columns or {})["prompt"], "")[0] for row in rows]
         size = self.settings.batch_size
-        answers = sample_ids(
+        return sampled_batches(
             self.model,
             tokenizer,
             prompts,
             sampling,
-            batch_size=_SAMPLED_TOGETHER * size,
+            together=_SAMPLED_TOGETHER * size,
+            batch_size=size,
             progress=self.progress,
         )
-        pairs = [
-            (prompt, answer) for prompt, several in zip(prompts, answers, strict=True) for answer in several
-        ]
-        device = next(self._point.decoder.parameters()).device
-        for _, batch in answer_batches(tokenizer, pairs, size):
-            yield {name: value.to(device) for name, value in batch.items()}
 
     def _audited_batches(self, audit: Audit, dataset: Source) -> Iterator[Sequence[TokenizedExample]]:
         audited = set(audit.rows().tolist())

@@ -112,3 +112,21 @@ def answer_batches(
             attended[row, : len(prompt) + len(answer)] = 1
             counted[row, len(prompt) : len(prompt) + len(answer)] = 1
         yield places, {"input_ids": ids, "attention_mask": attended, "completion_mask": counted}
+
+
+def sampled_batches(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    together: int,
+    batch_size: int,
+    progress: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Answers from `sample_ids`, `together` at a time, as batches of `answer_batches`, of `batch_size` rows, on the model's device."""
+    answers = sample_ids(model, tokenizer, prompts, sampling, batch_size=together, progress=progress)
+    answered = [(prompt, answer) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+    device = next(model.parameters()).device
+    for _, batch in answer_batches(tokenizer, answered, batch_size):
+        yield {name: value.to(device) for name, value in batch.items()}

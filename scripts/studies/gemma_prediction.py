@@ -35,7 +35,7 @@ from trl_sae_audit.preferences import iterate_rows
 from trl_sae_audit.realised import RealisedChange, answer_activations, sampled_change
 from trl_sae_audit.rehearsal import Rehearsal
 from trl_sae_audit.rewards import answer_ids
-from trl_sae_audit.sampling import Sampling, answer_batches, sample_ids
+from trl_sae_audit.sampling import Sampling, sampled_batches
 from trl_sae_audit.verification import predictors_of, verify
 
 BEST, SWAPPED = "rehearsed change", "predicted change, labels swapped"
@@ -198,9 +198,7 @@ def predicted_of_samples(
     ahead: Lookahead, steps: float, tokenizer: Any, prompts: list[Any], sampling: Sampling
 ) -> np.ndarray:
     """Predicted change of the mean activation over what the model writes, over the whole run, in units of activation."""
-    answers = sample_ids(ahead.model, tokenizer, prompts, sampling, batch_size=48)
-    answered = [(prompt, answer) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
-    batches = [batch for _, batch in answer_batches(tokenizer, answered, 16)]
+    batches = list(sampled_batches(ahead.model, tokenizer, prompts, sampling, together=48, batch_size=16))
     return steps * ahead.predicted_sampled_change(lambda: batches).double().cpu().numpy()
 
 
