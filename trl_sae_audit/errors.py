@@ -1,6 +1,6 @@
 """The exceptions a user meets: a sentence that names what is wrong and what to do."""
 
-from .visible_text import shown
+from .text import sanitize_excerpt
 
 
 class AuditError(ValueError):
@@ -10,7 +10,23 @@ class AuditError(ValueError):
     """
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return sanitize_excerpt(super().__str__())
+
+
+class NoDictionaryError(AuditError):
+    """Raised when there is no SAE for a model to choose from.
+
+    Attributes:
+        reason: the message without its advice.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason} {advice}")
+        self.reason = reason
+
+
+class DirectoryTakenError(AuditError):
+    """Raised when a directory holds the record of another run, or another writer is at work in it."""
 
 
 class RecordWriteError(AuditError):

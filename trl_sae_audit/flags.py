@@ -9,26 +9,33 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import yaml
 
 from .errors import AuditError
-from .record_files import write_durably
-from .untrusted import parse_yaml, read_bytes
+from .io.atomic import write_durably
+from .io.untrusted import parse_yaml, read_bytes
+from .text import sanitize
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scores = TypeVar("Scores", np.ndarray, "Tensor")
 VERSION = 1
 DIRECTIONS = ("up", "down", "both")
 _TOO_MANY = 2**53
+_WORDS = "# words"
 _HEADER = """\
-# Features that should not be taught. One entry a feature:
+# Features that should not be taught. One entry a feature, or a family of them:
 #   dictionary  name of the SAE, as audits and run records call it
-#   feature     its index
+#   feature     its index; or several, as [213, 97], each of which is flagged
 #   label       what to call it;  reason: why it is flagged
-#   weight      how much it counts beside the others (default 1)
+#   weight      its weight relative to the others (default 1)
 #   direction   up: training should not strengthen it (default); down: not weaken it; both
 #   identity    content hash of the dictionary, checked when present
+#   audit       directory of the audit it was found in, which filter reads
 """
 
 
@@ -36,10 +43,13 @@ class Named(Protocol):
     """What a flag is checked against: a `FeatureDictionary`, or whatever is described like one."""
 
     @property
-    def d_sae(self) -> int: ...
+    def name(self) -> str: ...
 
-    name: str
-    identity: str
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def d_sae(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,11 @@ class Flag:
         feature: its index.
         label: what to call it.
         reason: why it is flagged.
-        weight: how much it counts beside other flags.
+        weight: relative to other flags.
         direction: "up" if training should not strengthen the feature, "down" if it should not weaken it, "both".
         identity: content hash of the dictionary; when given, another dictionary of the same name is refused.
+        audit: directory of the audit that it was found in; `trl-sae-audit filter` reads it.
+        words: what the feature is active on, see `Audit.features`; a comment in the file.
 
     Raises:
         AuditError: for a value that cannot be meant.
@@ -66,6 +78,8 @@ class Flag:
     weight: float = 1.0
     direction: str = "up"
     identity: str | None = None
+    audit: str | None = None
+    words: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.dictionary, str) or not self.dictionary:
@@ -95,6 +109,8 @@ class Flag:
             raise AuditError(
                 f"{where} has identity {self.identity!r}; write the dictionary's content hash, or none."
             )
+        if self.audit is not None and not isinstance(self.audit, str):
+            raise AuditError(f"{where} has audit {self.audit!r}; write the audit's directory, or none.")
 
     @property
     def name(self) -> str:
@@ -123,13 +139,16 @@ class Flag:
                 f"{dictionary.d_sae - 1}."
             )
 
-    def signed(self, scores: np.ndarray) -> np.ndarray:
+    def signed(self, scores: Scores) -> Scores:
         """Scores of this feature turned so that positive is what the flag objects to."""
-        return {"up": scores, "down": -scores, "both": np.abs(scores)}[self.direction]
+        return {"up": scores, "down": -scores, "both": abs(scores)}[self.direction]
 
 
 class FlagSet(Sequence[Flag]):
     """Flags, no feature twice.
+
+    Flags that follow one another and differ in their features only are one entry of the file, if they have a label:
+    `feature: [1423, 97]`.
 
     Example `flags.yaml`:
 
@@ -167,7 +186,7 @@ class FlagSet(Sequence[Flag]):
         """Read `flags.yaml`.
 
         Raises:
-            AuditError: the file is missing, is no valid YAML, or has an entry that cannot be meant, which is named.
+            AuditError: the file is missing, is not valid YAML, or has an invalid entry, which the message names.
         """
         path = Path(path)
         try:
@@ -182,7 +201,8 @@ class FlagSet(Sequence[Flag]):
         Raises:
             AuditError: the file cannot be written.
         """
-        _write(Path(path), _HEADER + _dump({"version": VERSION, "flags": [_entry(flag) for flag in self]}))
+        entries = "\n" + "".join(map(_entry_text, _grouped(self))) if len(self) else " []\n"
+        _write(Path(path), f"{_HEADER}{_dump({'version': VERSION})}flags:{entries}")
 
     def of(self, dictionary: Named) -> list[Flag]:
         """The flags of one dictionary, checked against it.
@@ -220,20 +240,22 @@ class FlagSet(Sequence[Flag]):
         return f"FlagSet({self._flags!r})"
 
 
-def append_flag(path: str | Path, flag: Flag) -> FlagSet:
-    """Add a flag to a file, or begin one; what a person wrote in it, comments too, stays as it is.
+def append_flag(path: str | Path, *more: Flag) -> FlagSet:
+    """Add flags to a file, or begin one; what a person wrote in it, comments too, stays as it is.
 
     Raises:
-        AuditError: the file is not valid, has the feature already, or cannot be written.
+        AuditError: the file is not valid, has a feature already, or cannot be written.
     """
     path = Path(path)
     if not path.exists():
-        flags = FlagSet([flag])
+        flags = FlagSet(more)
         flags.save(path)
         return flags
-    flags = FlagSet([*FlagSet.load(path), flag])
+    flags = FlagSet([*FlagSet.load(path), *more])
     text = path.read_text(encoding="utf-8")
-    longer = text.rstrip("\n") + "\n" + _indented(_dump([_entry(flag)]), text)
+    longer = (
+        text.rstrip("\n") + "\n" + "".join(_indented(_entry_text(group), text) for group in _grouped(more))
+    )
     try:
         kept = _parse(longer, path)
     except AuditError:
@@ -264,13 +286,43 @@ def _parse(text: str, path: Path) -> list[Flag]:
     entries = content["flags"] or []
     if not isinstance(entries, list):
         raise AuditError(
-            f"'flags' in {path} is a {type(entries).__name__}; write a list, each entry after a dash."
+            f"The entry 'flags' of {path} is a {type(entries).__name__}; write a list, each entry after a dash."
         )
-    return [_flag(entry, number, path) for number, entry in enumerate(entries, start=1)]
+    groups = [_flags(entry, number, path) for number, entry in enumerate(entries, start=1)]
+    words = _words_in(text, len(groups))
+    return [
+        dataclasses.replace(flag, words=of_entry.get(flag.feature, of_entry.get(None, "")))
+        for group, of_entry in zip(groups, words, strict=True)
+        for flag in group
+    ]
+
+
+def _words_in(text: str, entries: int) -> list[dict[int | None, str]]:
+    """The words in the comments under each entry of a file, by feature where they name it; none where its list is not written one
+    entry a dash."""
+    words: list[dict[int | None, str]] = []
+    indent: str | None = None
+    for line in text.splitlines():
+        dash = re.match(r"( *)- ", line)
+        if dash and indent in (None, dash[1]):
+            indent = dash[1]
+            words.append({})
+        elif words and (comment := re.match(rf" *{re.escape(_WORDS)}(?: (\d{{1,15}}))?:(.*)", line)):
+            words[-1][int(comment[1]) if comment[1] else None] = comment[2].strip()
+    return words if len(words) == entries else [{} for _ in range(entries)]
+
+
+def _flags(entry: Any, number: int, path: Path) -> list[Flag]:
+    """The flags of an entry, one for each feature that it names."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("feature"), list):
+        return [_flag(entry, number, path)]
+    if not entry["feature"]:
+        raise AuditError(f"Flag {number} in {path} has no feature; write the feature's index, or several.")
+    return [_flag({**entry, "feature": feature}, number, path) for feature in entry["feature"]]
 
 
 def _flag(entry: Any, number: int, path: Path) -> Flag:
-    names = [field.name for field in dataclasses.fields(Flag)]
+    names = [field.name for field in dataclasses.fields(Flag) if field.name != "words"]
     if not isinstance(entry, Mapping):
         raise AuditError(
             f"Flag {number} in {path} is a {type(entry).__name__}; write 'dictionary:', 'feature:' …."
@@ -289,15 +341,55 @@ def _flag(entry: Any, number: int, path: Path) -> Flag:
         raise AuditError(f"Flag {number} in {path}: {error}") from error
 
 
-def _entry(flag: Flag) -> dict[str, Any]:
-    entry = dataclasses.asdict(flag)
-    if flag.identity is None:
-        del entry["identity"]
-    return entry
+def _grouped(flags: Iterable[Flag]) -> list[list[Flag]]:
+    """Flags that share an entry of the file, together."""
+    groups: list[list[Flag]] = []
+    for flag in flags:
+        if (
+            groups
+            and flag.label
+            and groups[-1][0] == dataclasses.replace(flag, feature=groups[-1][0].feature)
+        ):
+            groups[-1].append(flag)
+        else:
+            groups.append([flag])
+    return groups
+
+
+class _OnOneLine(list):
+    """Features of an entry, written `[1, 2]`."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(
+    _OnOneLine,
+    lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True),
+)
+
+
+def _entry(flags: Sequence[Flag]) -> dict[str, Any]:
+    entry = dataclasses.asdict(flags[0])
+    del entry["words"]
+    if len(flags) > 1:
+        entry["feature"] = _OnOneLine(flag.feature for flag in flags)
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def _entry_text(flags: Sequence[Flag]) -> str:
+    """An entry of the list, with the words of its features in comments under it."""
+    comments = []
+    for flag in flags:
+        which = f" {flag.feature}" if len(flags) > 1 else ""
+        if words := " ".join(sanitize(flag.words).split()):
+            comments.append(f"  {_WORDS}{which}: {words}\n")
+    return _dump([_entry(flags)]) + "".join(comments)
 
 
 def _dump(content: Any) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _indented(entry: str, text: str) -> str:
@@ -319,3 +411,11 @@ def _write(path: Path, text: str) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def distinct_names(flags: Sequence[Flag]) -> list[str]:
+    names = [flag.name for flag in flags]
+    return [
+        f"{name} ({flag.feature})" if names.count(name) > 1 else name
+        for name, flag in zip(names, flags, strict=True)
+    ]

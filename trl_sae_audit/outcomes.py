@@ -1,8 +1,7 @@
-"""Outcomes: what a model does, measured, with intervals, kept beside a run record or an audit for report and compare."""
+"""Outcomes: what a model does, measured with intervals and stored with a run record or an audit for report and compare."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import AuditError
-from .record_files import sync_directory, write_durably
-from .untrusted import read_json
+from .io.atomic import sync_directory, write_durably
+from .io.manifest import document, read_document
 
 FILE = "outcomes.json"
-VERSION = 1
 WANTED = ("up", "down", "")
 UNITS = ("share", "")
 STAGES = ("before", "after")
@@ -104,9 +102,9 @@ def write_outcomes(
     """
     checked = _unique([_outcome(entry) for entry in outcomes])
     path = Path(directory) / FILE
-    content = {"version": VERSION, "outcomes": [asdict(outcome) for outcome in checked]}
+    content = document("outcomes", {"outcomes": [asdict(outcome) for outcome in checked]})
     try:
-        write_durably(path, json.dumps(content, indent=1, ensure_ascii=True).encode() + b"\n")
+        write_durably(path, content)
         sync_directory(path.parent)
     except OSError as error:
         raise AuditError(f"{path} could not be written ({error.strerror}); check the directory.") from error
@@ -117,20 +115,12 @@ def read_outcomes(directory: str | os.PathLike[str]) -> list[Outcome]:
     """What `write_outcomes` wrote; an empty list where it never did.
 
     Raises:
-        AuditError: the file is damaged, or of an unknown version.
+        AuditError: the file is damaged, or of an unknown format.
     """
     path = Path(directory) / FILE
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (OSError, ValueError) as error:
-        raise AuditError(f"{path} cannot be read ({error}); restore it from a copy or delete it.") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise AuditError(
-            f"{path} is not a file of outcomes of version {VERSION}; write it with write_outcomes or delete it."
-        )
-    entries = content.get("outcomes")
+    entries = read_document(path, "outcomes").get("outcomes")
     if not isinstance(entries, list):
         raise AuditError(f"{path} has no list 'outcomes'; write it with write_outcomes.")
     try:

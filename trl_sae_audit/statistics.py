@@ -4,15 +4,21 @@ With 65,536 features something always looks large, so each p-value here is meant
 `benjamini_hochberg` before anyone believes it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import stats
-from scipy.special import erfc, stdtr
+from scipy.optimize import brentq, minimize
+from scipy.special import digamma, erfc, polygamma, stdtr
+from torch import Tensor
 
-from .errors import AuditError
-
+NORMAL_QUANTILE = 1.96
+"""Half the width of a 95 % interval of the normal distribution, in standard deviations."""
+_FLOOR = 2.0
+"""Medians of the features' deviations that the unit of every effect size has besides the feature's own."""
 _CELLS = 1 << 20
 """Elements of the largest temporary array: small enough to stay in a processor's cache."""
 
@@ -31,6 +37,41 @@ def standard_error_of_sum(total: np.ndarray, sum_of_squares: np.ndarray, n: int 
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = np.maximum(np.asarray(sum_of_squares, np.float64) - total**2 / count, 0.0)
         return np.where(count < 2, np.nan, np.sqrt(count / (count - 1) * spread))
+
+
+def selection_against_mean(products: Any, weights: Any, mean: Any) -> Any:
+    """`Σ c·(a − ā)` from `Σ c·a`, `Σ c` and ā, arrays or tensors that broadcast; what a loss selects for, see `attribution.selection`."""
+    return products - weights * mean
+
+
+def selection_squares_against_mean(squares: Any, crossed: Any, weight_squares: Any, mean: Any) -> Any:
+    """`Σ_i (Σ_t c_it·(a_it − ā))²` over examples, from `Σ_i (Σ_t c·a)²`, `Σ_i (Σ_t c)(Σ_t c·a)`, `Σ_i (Σ_t c)²` and ā."""
+    return squares - 2 * mean * crossed + mean**2 * weight_squares
+
+
+def effect_unit(deviation: np.ndarray) -> np.ndarray:
+    """What a feature's change is divided by to be an effect size: `√(sd² + s²)`, s twice the (lower) median of sd over the features that vary.
+
+    The constant keeps features that hardly ever occur, whose sd is next to nothing, from standing first by noise (Tusher et al. 2001).
+
+    Args:
+        deviation: standard deviation of each feature over answers [F]; NaN or 0 where it does not vary, and the unit is NaN.
+    """
+    known = np.where(deviation > 0, deviation, np.nan)
+    if not np.isfinite(known).any():
+        return known
+    return np.hypot(known, _FLOOR * np.nanquantile(known, 0.5, method="lower"))
+
+
+def effects_tell(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether the effects of many features say more than noise, by their 95 % intervals [F] each; NaN where there is none.
+
+    Of intervals around nothing, one in twenty excludes 0. Where not even half as many do, the order of the effects is noise. Half and
+    not all, since a few true effects among features that hardly vary look like that too (docs/studies/real-recovery.md).
+    """
+    known = np.isfinite(low) & np.isfinite(high)
+    clear = (low > 0) | (high < 0)
+    return bool(np.count_nonzero(clear & known) > 0.025 * np.count_nonzero(known))
 
 
 def two_sided_normal_p(z: np.ndarray) -> np.ndarray:
@@ -55,6 +96,35 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     if known.any():
         q[known] = stats.false_discovery_control(p[known], method="bh")
     return q
+
+
+def moderated_variance(variance: np.ndarray, degrees_of_freedom: float) -> tuple[np.ndarray, float]:
+    """Variances of many features, each from few observations, drawn towards what all have in common (Smyth 2004, limma).
+
+    With a prior `1/σ² ~ χ²(d₀)/(d₀·s₀²)`, fitted to the mean and variance of log s² over the features, the posterior mean is
+    `(d₀·s₀² + d·s²)/(d₀ + d)`, and t statistics with it have d₀ + d degrees of freedom instead of d.
+
+    Args:
+        variance: s² [F], in units in which the features are alike; what is not above 0 does not count and stays as it is.
+        degrees_of_freedom: d of each.
+
+    Returns:
+        The moderated variances [F], and d₀ + d, infinite where the features differ by chance alone.
+    """
+    known = np.isfinite(variance) & (variance > 0)
+    if not known.any():
+        return variance.copy(), degrees_of_freedom
+    half = degrees_of_freedom / 2
+    logarithm = np.log(variance[known]) - digamma(half) + np.log(half)
+    excess = logarithm.var(ddof=min(1, known.sum() - 1)) - polygamma(1, half)
+    moderated = variance.copy()
+    if excess <= 1e-6:
+        moderated[known] = np.exp(logarithm.mean())
+        return moderated, np.inf
+    prior = np.exp(brentq(lambda log: polygamma(1, np.exp(log)) - excess, -20, 20))
+    common = np.exp(logarithm.mean() + digamma(prior) - np.log(prior))
+    moderated[known] = (prior * common + half * variance[known]) / (prior + half)
+    return moderated, 2 * prior + degrees_of_freedom
 
 
 def mann_kendall(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,58 +184,6 @@ def _tie_variance(block: np.ndarray) -> np.ndarray:
     return correction
 
 
-def sign_flip_p(contributions: np.ndarray, n_flips: int = 9999, seed: int = 0) -> np.ndarray:
-    """Sign-flip test of each feature's mean contribution over examples, two-sided.
-
-    Under the null, swapping chosen and rejected of an example, which flips the sign of its contribution, changes
-    nothing in distribution. The same flips serve all features, so their dependence is kept. All `2^(n−1)`
-    distinct flips are enumerated when there are at most `n_flips` of them, which makes p exact; otherwise
-    `n_flips` are drawn and `p = (1 + #{|flipped sum| ≥ |sum|}) / (1 + n_flips)` (Phipson & Smyth 2010), which is
-    never below `1 / (1 + n_flips)`: after Benjamini–Hochberg over F features, k features at that floor reach
-    `q = F / (k·(1 + n_flips))` at best, so choose `n_flips` with F in mind.
-
-    Args:
-        contributions: [n, F], one row an example.
-        n_flips: random flips to draw, or the largest number to enumerate.
-        seed: of the random flips.
-
-    Returns:
-        p [F], float64; NaN for a feature with a NaN or infinite contribution, and for n = 0.
-    """
-    contributions = np.asarray(contributions)
-    n, n_features = contributions.shape
-    if n == 0:
-        return np.full(n_features, np.nan)
-    exact = n - 1 < 62 and 2 ** (n - 1) <= n_flips
-    signs = _every_sign(n) if exact else _random_signs(n, n_flips, seed)
-    reached = np.zeros(n_features, np.int64)
-    finite = np.zeros(n_features, bool)
-    rows = 1024
-    width = max(1, _CELLS // max(n, min(rows, len(signs))))
-    for start in range(0, n_features, width):
-        columns = slice(start, min(start + width, n_features))
-        block = contributions[:, columns].astype(np.float64)
-        finite[columns] = np.isfinite(block).all(axis=0)
-        block[:, ~finite[columns]] = 0.0
-        threshold = np.abs(block.sum(axis=0)) - 1e-12 * np.abs(block).sum(axis=0)
-        for first in range(0, len(signs), rows):
-            flipped = signs[first : first + rows].astype(np.float64) @ block
-            reached[columns] += (np.abs(flipped) >= threshold).sum(axis=0)
-    p = reached / len(signs) if exact else (1 + reached) / (1 + len(signs))
-    return np.where(finite, p, np.nan)
-
-
-def _every_sign(n: int) -> np.ndarray:
-    """All sign vectors [2^(n−1), n] that start with +1; the others are their negatives, with the same |sum|."""
-    bits = np.arange(2 ** (n - 1))[:, None] >> np.arange(n - 1)[None, :] & 1
-    return np.concatenate([np.ones((len(bits), 1), np.int8), (1 - 2 * bits).astype(np.int8)], axis=1)
-
-
-def _random_signs(n: int, n_flips: int, seed: int) -> np.ndarray:
-    draws = np.random.default_rng(seed).integers(0, 2, size=(n_flips, n), dtype=np.int8)
-    return 1 - 2 * draws
-
-
 @dataclass(frozen=True)
 class Interval:
     """An estimate with a confidence interval, in the unit of what was estimated."""
@@ -182,37 +200,23 @@ class Interval:
         return self.low <= value <= self.high
 
 
-def bootstrap_interval(
-    sample: np.ndarray,
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    *,
-    draws: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap (Efron 1979) of a statistic over the rows of a sample.
+def balanced_accuracy(hits: int, positives: int, rejections: int, negatives: int) -> Interval:
+    """The mean of the shares that are right among positives and among negatives, with its 95 % interval.
 
-    What is drawn again is a row, so rows must be the independent units (seeds, examples, features), and paired
-    quantities must stand in one row. With few rows percentile intervals are too narrow: five seeds cover about 85 % instead
-    of 95 %.
+    The interval joins the Wilson limits of the two shares by the method of variance estimates recovery (Zou & Donner 2008):
+    `½·√((p₁ − l₁)² + (p₂ − l₂)²)` below the estimate, likewise above. It holds at shares of 0 and 1.
 
     Args:
-        sample: [n, …], one row a unit.
-        statistic: sample of any number of rows → number.
-        draws: resamples.
-        confidence: coverage of the interval.
-        seed: of the resampling.
-
-    Raises:
-        AuditError: if the sample is empty.
+        hits: positives that were called so, of `positives`.
+        rejections: negatives that were called so, of `negatives`.
     """
-    sample = np.asarray(sample)
-    if not len(sample):
-        raise AuditError("There is nothing to estimate from: the sample is empty.")
-    generator = np.random.default_rng(seed)
-    values = [statistic(sample[generator.integers(0, len(sample), len(sample))]) for _ in range(draws)]
-    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(statistic(sample)), float(low), float(high))
+    parts = [(hits, positives), (rejections, negatives)]
+    shares = np.array([right / n for right, n in parts])
+    limits = [stats.binomtest(right, n).proportion_ci(0.95, method="wilson") for right, n in parts]
+    below, above = (np.array([getattr(each, end) for each in limits]) for end in ("low", "high"))
+    reach = (float(np.hypot(*(shares - below))) / 2, float(np.hypot(*(above - shares))) / 2)
+    estimate = float(shares.mean())
+    return Interval(estimate, estimate - reach[0], estimate + reach[1])
 
 
 def resampling_counts(n: int, draws: int, seed: int = 0) -> np.ndarray:
@@ -232,10 +236,44 @@ def centred_interval(
     """The spread of bootstrap replicates around their own mean, laid around the estimate, within `bounds`.
 
     For statistics that sampling noise biases, such as R²: resampling adds the noise a second time, so that the replicates'
-    own percentiles would lie beside the estimate. NaN if the estimate or a replicate is.
+    own percentiles would be off the estimate. NaN if the estimate or a replicate is.
     """
     if np.isnan(estimate) or np.isnan(replicates).any():
         return Interval(estimate, np.nan, np.nan)
     ends = np.quantile(replicates, [(1 - confidence) / 2, (1 + confidence) / 2]) - np.mean(replicates)
     low, high = np.clip(estimate + ends, *bounds)
     return Interval(float(estimate), float(low), float(high))
+
+
+_PRIOR = 3.0
+
+
+def explain_preferences(gaps: Tensor) -> Tensor:
+    """The coefficients with which score gaps explain which answer was preferred, by penalised maximum likelihood.
+
+        λ = argmax_{λ ≥ 0} Σ_i log σ(Σ_f λ_f·δ_if) − ½ Σ_f (λ_f·sd(δ_f) / 3)²
+
+    The first term is concave, a Bradley–Terry model with covariates; the second, a prior of 3 log-odds for a standard
+    deviation, is felt only where a gap decides nearly every pair, and keeps λ finite there.
+
+    Args:
+        gaps: δ, score of the chosen answer minus that of the rejected one [n, k], float64.
+
+    Returns:
+        λ [k], float64: log-odds for each unit of score; 0 for a gap that the preferences are against, or that others
+        explain as well.
+    """
+    spread = gaps.std(0, unbiased=False)
+    spread = torch.where(spread > 0, spread, 1.0)
+    units = gaps / spread
+
+    def objective(values: Any) -> tuple[float, Any]:
+        weights = torch.tensor(values, dtype=torch.float64)
+        margin = units @ weights
+        loss = -F.logsigmoid(margin).sum() + 0.5 * (weights / _PRIOR).square().sum()
+        slope = -(units * torch.sigmoid(-margin)[:, None]).sum(0) + weights / _PRIOR**2
+        return float(loss), slope.numpy()
+
+    k = gaps.shape[1]
+    solution = minimize(objective, [0.0] * k, jac=True, method="L-BFGS-B", bounds=[(0, None)] * k)
+    return torch.tensor(solution.x, dtype=torch.float64) / spread
