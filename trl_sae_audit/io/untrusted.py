@@ -10,13 +10,15 @@ import json
 import os
 import resource
 import stat
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-LARGEST_TEXT = 2**30
+_LARGEST_TEXT = 2**30
 """Bytes of JSON read at most: a gigabyte, well above an evidence file of thousands of features."""
 _LARGEST_YAML = 2**20
 _MOST_NODES = 100_000
@@ -25,11 +27,11 @@ _DEEPEST = 64
 """Levels of lists in lists: beyond what anybody means, and far below what Python can recurse into."""
 
 
-def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
+def read_bytes(path: Path, most: int = _LARGEST_TEXT) -> bytes:
     """The content of a regular file; a pipe or a device, which may never end, is refused.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is no file, or larger than `most` bytes.
+        OSError: it cannot be read. ValueError: it is not a regular file, or larger than `most` bytes.
     """
     # opened before it is looked at, so that both are of one file where another takes its place; a pipe does not make it wait
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -56,7 +58,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """JSON in which no name stands twice in an object, nested no deeper than 64.
+    """JSON in which no name appears twice in an object, nested no deeper than 64.
 
     Raises:
         ValueError: it is none, or is not UTF-8.
@@ -66,34 +68,37 @@ def parse_json(content: bytes | str) -> Any:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    check_depth(value)
+    _check_size(value, _parts_of_value)
     return value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
-    return found
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears in it twice")
+    return unique
 
 
-def check_depth(value: Any, deepest: int = _DEEPEST) -> None:
-    """Refuse, with a ValueError, lists and objects nested deeper than that."""
-    level = [value]
-    for _ in range(deepest):
-        level = [part for each in level if isinstance(each, (dict, list)) for part in _inner(each)]
+def _check_size(root: Any, parts: Callable[[Any], Iterable[Any]], most: int = sys.maxsize) -> None:
+    """Refuse, with a ValueError, what is nested deeper than 64 levels, or has more than `most` values when written out."""
+    level, left = [root], most
+    for _ in range(_DEEPEST):
+        level = list(islice(chain.from_iterable(map(parts, level)), left))
+        left -= len(level)
         if not level:
             return
-    raise ValueError(f"it is nested deeper than {deepest} levels")
+        if not left:
+            raise ValueError(f"it has more than {most:,} values")
+    raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
-def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+def _parts_of_value(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """YAML of plain values in which no key stands twice; aliases are understood, but not a tower of them.
+    """YAML of plain values in which no key appears twice; aliases are understood, but not a tower of them.
 
     Raises:
         ValueError: it is none, is not UTF-8, or too large, deep, or large once its aliases are written out.
@@ -106,45 +111,17 @@ def parse_yaml(content: bytes | str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _check_nodes(node)
+        _check_size(node, _parts_of_node, _MOST_NODES)
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        OverflowError,
-    ) as error:  # PyYAML's, for `!!timestamp x`, `!!bool x` …
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:  # `!!timestamp x`, `!!bool x` …
         raise ValueError(f"a value does not fit its tag ({type(error).__name__}: {error})") from error
 
 
-def _check_nodes(root: yaml.Node) -> None:
-    sizes: dict[int, int | None] = {}
-
-    def size(node: yaml.Node, depth: int) -> int:
-        known = sizes.get(id(node), 0)
-        if known is None:
-            raise ValueError("it contains itself")
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
-        if known:
-            return known
-        sizes[id(node)] = None
-        total = 1
-        for part in _parts(node):
-            total += size(part, depth + 1)
-            if total > _MOST_NODES:
-                raise ValueError(f"it has more than {_MOST_NODES:,} values")
-        sizes[id(node)] = total
-        return total
-
-    size(root, 0)
-
-
-def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
+def _parts_of_node(node: yaml.Node) -> Iterator[yaml.Node]:
     if isinstance(node, yaml.SequenceNode):
         yield from node.value
     elif isinstance(node, yaml.MappingNode):
@@ -152,7 +129,7 @@ def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                    raise ValueError(f"{key.value!r} stands in it twice (line {key.start_mark.line + 1})")
+                    raise ValueError(f"{key.value!r} appears in it twice (line {key.start_mark.line + 1})")
                 seen.add(key.value)
             yield from (key, value)
 
@@ -170,15 +147,10 @@ def is_inside(directory: Path, file: str) -> bool:
 
 def check_fits(what: str, n_bytes: int) -> None:
     """Refuse, with a ValueError, what is claimed to need more memory than this process may have."""
-    limit = memory()
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit = machine if allowed == resource.RLIM_INFINITY else min(machine, allowed)
     if n_bytes > limit:
         raise ValueError(
             f"{what} would take {n_bytes / 2**30:,.1f} GiB, and there are {limit / 2**30:,.1f} in all"
         )
-
-
-def memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its limit if that is lower."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return machine if limit == resource.RLIM_INFINITY else min(machine, limit)

@@ -1,0 +1,1 @@
+"""Reading files that others wrote, and writing that survives a kill."""
