@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .errors import AuditError
+from ..errors import AuditError
 
 Ids = tuple[int, ...]
 Text = str | Sequence[Mapping[str, Any]] | None
 
 
-def tokenized(
+def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], responses: Sequence[Text]
 ) -> list[tuple[Ids, Ids]]:
     """Token ids of each prompt and of the response after it, each tokenized on its own.
@@ -27,27 +26,13 @@ def tokenized(
     Raises:
         AuditError: a conversation, and the tokenizer has no chat template.
     """
-    rendered = [_rendered(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
+    rendered = [_render(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
     before = _ids_of(tokenizer, [pair[0] for pair in rendered], begins=True)
     after = _ids_of(tokenizer, [pair[1] for pair in rendered], begins=False)
     return list(zip(before, after, strict=True))
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: nn.Module) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds.
-
-    Raises:
-        AuditError: if so.
-    """
-    embeddings = decoder.get_input_embeddings()  # type: ignore[operator]
-    if len(tokenizer) > embeddings.num_embeddings:
-        raise AuditError(
-            f"The tokenizer has {len(tokenizer)} tokens but {type(decoder).__name__} embeds "
-            f"{embeddings.num_embeddings}: it is another model's. Pass the tokenizer of the scorer's model."
-        )
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:
     if not prompt:
         return "", _plain(response)
     if isinstance(prompt, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .errors import AuditError
+from ..errors import AuditError
+from .residual_stream import evaluation_mode, last_hidden_state
 
-_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 class LanguageHead:
@@ -25,20 +26,28 @@ class LanguageHead:
     The model's own `forward` is run with its decoder short-circuited, so that soft-capping, scaling and whatever
     else it does between hidden state and logits is the model's code and not a copy of it.
 
+    Args:
+        model: a causal language model, in whatever wrapper.
+        decoder: its decoder.
+        temperature: what the trainer divides the logits by.
+
     Raises:
         AuditError: if the model has no language-modelling head.
     """
 
-    def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, model: nn.Module, decoder: nn.Module, temperature: float = 1.0) -> None:
         self.decoder = decoder
+        self.temperature = temperature
         self.causal = causal_model(model)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d_model] → [n, vocabulary], float32 or wider."""
         with _returning(self.decoder, hidden[None]):
             tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits = self.causal(input_ids=tokens, use_cache=False).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            # Not the object's own forward: accelerate puts autocast around that in mixed precision, and rounds logits to bfloat16
+            logits = type(self.causal).forward(self.causal, input_ids=tokens, use_cache=False).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log π(target | hidden) of [n, d_model] and [n] → [n]; differentiable, all logits at once."""
@@ -67,7 +76,7 @@ class LanguageHead:
         return torch.cat(values), torch.cat(derivatives)
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of the tokens, at least one, such that the logits of each stay below 256 MiB."""
+        """Slices of the tokens, at least one, such that the logits of each stay below 64 MiB."""
         width = max(1, _CHUNK_BYTES // (4 * self._vocabulary()))
         for start in range(0, max(tokens, 1), width):
             yield slice(start, min(start + width, tokens))
@@ -100,15 +109,17 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 @dataclass
 class _DecoderOutput(ModelOutput):
-    """All that causal models read of their decoder's output; only the hidden state is there."""
+    """What a decoder returns, of which only the hidden state is there.
+
+    Causal models copy other fields of it into their own output, each its own ones (a cache, a state, router logits). Here they
+    are all None, as where the decoder was not asked for them.
+    """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
-    image_hidden_states: Any = None
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @contextmanager
@@ -127,3 +138,20 @@ def _returning(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
             del decoder.forward
         else:
             decoder.forward = replaced
+
+
+class Reference:
+    """A model as it is, run without gradients."""
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
+        self._model = model
+        self._head = LanguageHead(model, causal_model(model).get_decoder(), temperature)
+
+    def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        predicted = batch["completion_mask"][:, 1:].bool()
+        with torch.no_grad(), evaluation_mode(self._model):
+            last = last_hidden_state(self._head.decoder, batch)
+            values = self._head.score(last[:, :-1][predicted], batch["input_ids"][:, 1:][predicted])
+        return torch.zeros(predicted.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            predicted, values
+        )

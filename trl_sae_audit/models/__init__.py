@@ -1,0 +1,1 @@
+"""Language models: hook points, hidden states, language heads, sampling, reward models."""
