@@ -1,114 +1,32 @@
-"""Preference pairs, wherever they lie and whichever of TRL's layouts they have."""
+"""Preference pairs in any of TRL's layouts: what is wrong with a row, and what identifies it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset
-
-from .errors import AuditError
-from .saved_datasets import lines_of, load_saved, rows_of
-from .untrusted import parse_json
-from .untrusted_tables import iterate_parquet
-
-Source: TypeAlias = Dataset | IterableDataset | Sequence[Mapping[str, Any]] | str | Path
-"""What holds preference pairs: a dataset in memory or streamed, a list of rows, or a path: a directory made by
-`save_to_disk`, a Parquet file, or JSON lines, plain or gzipped."""
+from ..errors import AuditError
+from .opener import Row as Row
+from .opener import iterate_rows as iterate_rows
 
 ANSWERS = ("chosen", "rejected")
+_COLUMNS = ("prompt", *ANSWERS)
 LONGEST_TEXT = 2**24
 """Characters of a prompt or an answer."""
 _PICTURES = ("image", "images")
-_READ_BY_TRL = ("prompt", *ANSWERS, "tools", "chat_template_kwargs")
-_JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a source: its number from 0, and either its columns or what is wrong with it.
-
-    `text` is the line of a JSON file as it stands, so that a line that is no JSON is not lost.
-    """
-
-    index: int
-    columns: dict[str, Any] | None
-    problem: str | None = None
-    text: str | None = None
-
-
-def iterate_rows(source: Source) -> Iterator[Row]:
-    """Every row in order; a line that cannot be parsed is a row with a problem, not the end.
-
-    Raises:
-        AuditError: the path does not exist, or is of a format not known.
-    """
-    if isinstance(source, (str, Path)):
-        yield from _rows_of_path(Path(source))
-        return
-    if isinstance(source, (DatasetDict, dict)):
-        raise AuditError(
-            f"The dataset has several splits ({', '.join(source)}); pass one, dataset['train'] say."
-        )
-    if not isinstance(source, (Dataset, IterableDataset, Sequence)):
-        raise AuditError(
-            f"The dataset is a {type(source).__name__}; pass a datasets.Dataset or IterableDataset, a list of rows, "
-            "or the path of a .jsonl, .parquet or save_to_disk directory."
-        )
-    yield from _numbered(rows_of(source) if isinstance(source, Dataset) else source)
-
-
-def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
-    for index, columns in enumerate(rows):
-        if isinstance(columns, Mapping):
-            yield Row(index, dict(columns))
-        else:
-            yield Row(index, None, f"is a {type(columns).__name__}, not a mapping of columns")
-
-
-def _rows_of_path(path: Path) -> Iterator[Row]:
-    if path.is_dir():
-        yield from iterate_rows(load_saved(path))
-    elif not path.is_file():
-        raise AuditError(f"There is no dataset at {path}; check the path.")
-    elif path.suffix == ".parquet":
-        try:
-            yield from _numbered(iterate_parquet(path))
-        except (OSError, ValueError) as error:
-            raise AuditError(
-                f"{path} cannot be read as Parquet ({error}); restore it from a copy."
-            ) from error
-    elif path.name.endswith(_JSON_LINES):
-        yield from _json_lines(path)
-    else:
-        raise AuditError(f"{path} has an unknown format; give a .jsonl, .jsonl.gz or .parquet file.")
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    lines = (text for text in lines_of(path) if text.strip())
-    for index, text in enumerate(lines):
-        yield _parsed(index, text)
-
-
-def _parsed(index: int, text: str) -> Row:
-    try:
-        columns = parse_json(text)
-    except json.JSONDecodeError as error:
-        return Row(index, None, f"is not valid JSON ({error.msg} at character {error.pos})", text)
-    except ValueError as error:
-        return Row(index, None, f"is not valid JSON ({error})", text)
-    if not isinstance(columns, dict):
-        return Row(index, None, f"is a JSON {type(columns).__name__}, not an object of columns", text)
-    return Row(index, columns, None, text)
+_READ_BY_TRL = (*_COLUMNS, "tools", "chat_template_kwargs")
 
 
 def is_conversation(value: Any) -> bool:
     """Whether a prompt or an answer is a list of messages."""
     return isinstance(value, list) and all(isinstance(part, Mapping) and "role" in part for part in value)
+
+
+def holds_prompt(answer: Any) -> bool:
+    """Whether an answer is a list of messages that begins with the prompt's."""
+    return is_conversation(answer) and bool(answer) and answer[0]["role"] != "assistant"
 
 
 class PairCheck:
@@ -143,29 +61,27 @@ class PairCheck:
                 return f"has a {name!r} that is neither text nor a list of messages"
             if not _content(value):
                 return f"has an empty {name!r}"
-        for name in ("prompt", *ANSWERS):
+        for name in _COLUMNS:
             problem = _unreadable(columns.get(name))
             if problem:
                 return f"has a {name!r} {problem}"
         if any(columns.get(name) for name in _PICTURES):
-            return "has pictures, of which an audit sees nothing"
+            return "has pictures, which an audit cannot read"
         prompt = columns.get("prompt")
         if prompt is None and columns["chosen"] == columns["rejected"]:
-            return (
-                "has the same text as 'chosen' and 'rejected', so its prompt cannot be told from its answers"
-            )
+            return "has the same text as 'chosen' and 'rejected', so its prompt cannot be separated from its answers"
         if prompt is not None and not isinstance(prompt, str) and not is_conversation(prompt):
             return "has a 'prompt' that is neither text nor a list of messages"
         return None
 
     def _wrong_layout(self, columns: Mapping[str, Any]) -> str | None:
-        conversational = {
-            name: is_conversation(columns[name])
-            for name in ("prompt", *ANSWERS)
-            if columns.get(name) is not None
-        }
+        given = [name for name in _COLUMNS if columns.get(name) is not None]
+        conversational = {name: is_conversation(columns[name]) for name in given}
         if len(set(conversational.values())) > 1:
-            return "mixes text and lists of messages"
+            # ultrafeedback_binarized is such a dataset; TRL's DPOTrainer refuses it too
+            way_out = ": they begin with the prompt, so remove the column 'prompt' from the dataset"
+            redundant = not conversational.get("prompt", True) and holds_prompt(columns["chosen"])
+            return "mixes text and lists of messages" + way_out * redundant
         layout = (columns.get("prompt") is not None, conversational["chosen"])
         if self._layout is None:
             self._layout = layout
@@ -174,6 +90,11 @@ class PairCheck:
         if layout[1] != self._layout[1]:
             return f"is {'conversational' if layout[1] else 'plain text'}, unlike the rows before it"
         return None
+
+
+def has_lone_surrogates(text: str) -> bool:
+    """Whether a text has halves of surrogate pairs, which no tokenizer reads."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _unreadable(value: Any) -> str | None:
@@ -192,8 +113,8 @@ def _unreadable(value: Any) -> str | None:
     for text in texts:
         if len(text) > LONGEST_TEXT:
             return f"of {len(text):,} characters, where at most {LONGEST_TEXT:,} are read"
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            return "with characters that are no text (bytes that are no UTF-8, or halves of surrogate pairs)"
+        if has_lone_surrogates(text):
+            return "with characters that are no text (halves of surrogate pairs)"
     return None
 
 
@@ -201,9 +122,8 @@ def _content(value: Any) -> str:
     """The text of an answer, without surrounding space."""
     if isinstance(value, str):
         return value.strip()
-    return "".join(
-        str(message.get("content") or message.get("tool_calls") or "") for message in value[-1:]
-    ).strip()
+    said = (message.get("content") or message.get("tool_calls") or "" for message in value[-1:])
+    return "".join(map(str, said)).strip()
 
 
 def read_by_trl(columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,9 +137,8 @@ def row_digest(row: Row) -> bytes:
         content = row.text or row.problem or ""
     else:
         answers = {name: row.columns[name] for name in ("completion", "advantage") if name in row.columns}
-        content = json.dumps(
-            _plain(read_by_trl(row.columns) | answers), sort_keys=True, separators=(",", ":"), default=str
-        )
+        read = _plain(read_by_trl(row.columns) | answers)
+        content = json.dumps(read, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).digest()
 
 

@@ -1,0 +1,1 @@
+"""Datasets, wherever they are: preference pairs and texts."""
