@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
+from ..errors import AuditError
 
-from .errors import AuditError
-from .residual_stream import TokenRules
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.residual_stream import TokenRules
 
 Architecture = Literal["topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "standard", "gated"]
 _DEFAULT_SPARSITY = {"jumprelu": 1.0, "standard": 3.0, "gated": 3.0}
@@ -18,15 +20,31 @@ _DEFAULT_SPARSITY = {"jumprelu": 1.0, "standard": 3.0, "gated": 3.0}
 class TrainSAEConfig:
     """How a dictionary is trained."""
 
-    hook_point: str = field(
+    output_dir: str = field(
         metadata={
-            "help": "Where to read the residual stream: a module path such as model.layers.9, or TransformerLens' "
-            "blocks.9.hook_resid_post."
+            "help": "Directory for the trained SAE, in sae-lens' format; with --hook_points one in it for each layer. It must not exist yet."
         }
     )
-    output_dir: str = field(
-        metadata={"help": "Directory for the trained SAE, in sae-lens' format. It must not exist yet."}
+    hook_point: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to read the residual stream: a layer's number, a module path such as model.layers.9, or TransformerLens' "
+            "blocks.9.hook_resid_post; default the middle layer."
+        },
     )
+    hook_points: list[str] | None = field(
+        default=None,
+        metadata={"help": "Several of them: one SAE each, all from one forward pass over the texts."},
+    )
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fine-tune this SAE instead of beginning with random weights: a directory, or a release of sae-lens with --start_id. "
+            "It decides architecture, features and k.",
+            "aliases": ["--from"],
+        },
+    )
+    start_id: str | None = field(default=None, metadata={"help": "Which SAE of the release to start from."})
     architecture: Architecture = field(
         default="topk",
         metadata={
@@ -35,13 +53,13 @@ class TrainSAEConfig:
         },
     )
     d_sae: int | None = field(
-        default=None, metadata={"help": "Number of features; default 8 times the model's width."}
+        default=None, metadata={"help": "Number of features; default 4 times the model's width."}
     )
-    k: int = field(
-        default=32,
+    k: int | None = field(
+        default=None,
         metadata={
             "help": "Features active a token (topk), on average a token (batchtopk), the target (jumprelu); not used by "
-            "standard and gated."
+            "standard and gated. Default a sixteenth of the model's width, between 8 and 64."
         },
     )
     sparsity_coefficient: float | None = field(
@@ -56,11 +74,18 @@ class TrainSAEConfig:
     )
     batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass of the model."})
     skip_special_tokens: bool = field(
-        default=True, metadata={"help": "Leave BOS, EOS and other special tokens out of the training data."}
+        default=True,
+        metadata={
+            "help": "Leave BOS, EOS and other special tokens out of the training data.",
+            "negative": "Keep BOS, EOS and other special tokens.",
+        },
     )
     skip_first_position: bool = field(
         default=True,
-        metadata={"help": "Leave out the first token of every window, whose activation most models blow up."},
+        metadata={
+            "help": "Leave out the first token of every window, whose activation most models blow up.",
+            "negative": "Keep the first token of every window, whose activation most models blow up.",
+        },
     )
     training_tokens: int = field(
         default=2_000_000,
@@ -68,17 +93,26 @@ class TrainSAEConfig:
             "help": "Activations to train on in all; smaller texts are gone through several times, each time shuffled."
         },
     )
+    distinct_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read no more than that many of the texts' tokens, and train on them several times: reading takes most of the time. "
+            "Default training_tokens."
+        },
+    )
     buffer_tokens: int = field(
         default=500_000,
         metadata={
             "help": "Activations kept in a memory-mapped temporary file next to output_dir: this number × width × 4 "
-            "bytes. If the texts have more, the file is refilled by halves."
+            "bytes for each layer. If the texts have more, the file is refilled by halves."
         },
     )
     sae_batch_size: int = field(
         default=1024, metadata={"help": "Activations in one training step of the SAE."}
     )
-    lr: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
+    lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of Adam; default 1e-3, 2e-4 with --from."}
+    )
     lr_warmup_share: float = field(
         default=0.05, metadata={"help": "Share of the steps over which the learning rate rises."}
     )
@@ -106,7 +140,15 @@ class TrainSAEConfig:
 
     def __post_init__(self) -> None:
         self.architecture = _known_architecture(self.architecture)
-        for name in ("k", "context_size", "batch_size", "training_tokens", "buffer_tokens", "sae_batch_size"):
+        if self.hook_point is not None and self.hook_points is not None:
+            raise AuditError("Both hook_point and hook_points are given; give one of them.")
+        if self.start_from is not None and self.hook_points is not None:
+            raise AuditError("One SAE cannot start those of several layers; give one hook_point with --from.")
+        for name in ("k", "distinct_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AuditError(f"{name} is {value}; it must be at least 1.")
+        for name in ("context_size", "batch_size", "training_tokens", "buffer_tokens", "sae_batch_size"):
             if getattr(self, name) < 1:
                 raise AuditError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.context_size < 2:
@@ -124,27 +166,51 @@ class TrainSAEConfig:
             )
 
     @property
+    def learning_rate(self) -> float:
+        return self.lr if self.lr is not None else 1e-3 if self.start_from is None else 2e-4
+
+    def size(self, d_model: int) -> tuple[int, int]:
+        """Features and k of an SAE of a residual stream that wide.
+
+        Raises:
+            AuditError: more features active than there are.
+        """
+        d_sae = self.d_sae or 4 * d_model
+        k = self.k if self.k is not None else min(max(d_model // 16, 8), 64, d_sae)
+        if k > d_sae:
+            raise AuditError(f"k is {k}, but the SAE has only {d_sae} features; choose a smaller k.")
+        return d_sae, k
+
+    @property
     def token_rules(self) -> TokenRules:
+        from ..models.residual_stream import TokenRules
+
         return TokenRules(self.context_size, self.skip_special_tokens, self.skip_first_position)
 
 
 def architecture_settings(
-    config: TrainSAEConfig, d_model: int, d_sae: int, steps: int, device: torch.device
+    config: TrainSAEConfig,
+    architecture: str,
+    d_model: int,
+    d_sae: int,
+    k: int,
+    steps: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Settings for sae-lens' training class of the architecture."""
     sparsity = config.sparsity_coefficient
     if sparsity is None:
-        sparsity = _DEFAULT_SPARSITY.get(config.architecture, 0.0)
+        sparsity = _DEFAULT_SPARSITY.get(architecture, 0.0)
     warm_up = steps // 4
     # the threshold that a batch's top k becomes is a running mean, which must forget its start within the run
-    batchtopk = {"k": config.k, "topk_threshold_lr": min(1.0, max(0.01, 20 / steps))}
+    batchtopk = {"k": k, "topk_threshold_lr": min(1.0, max(0.01, 20 / steps))}
     own: dict[str, dict[str, Any]] = {
-        "topk": {"k": config.k},
+        "topk": {"k": k},
         "batchtopk": batchtopk,
-        "matryoshka_batchtopk": {**batchtopk, "matryoshka_widths": _nested_widths(d_sae, config.k)},
+        "matryoshka_batchtopk": {**batchtopk, "matryoshka_widths": _nested_widths(d_sae, k)},
         "jumprelu": {
             "jumprelu_sparsity_loss_mode": "quadratic",
-            "target_l0": float(config.k),
+            "target_l0": float(k),
             "l0_coefficient": sparsity,
             "l0_warm_up_steps": warm_up,
             "jumprelu_bandwidth": 2.0,
@@ -156,12 +222,12 @@ def architecture_settings(
         "gated": {"l1_coefficient": sparsity, "l1_warm_up_steps": warm_up},
     }
     return {
-        "architecture": config.architecture,
+        "architecture": architecture,
         "d_in": d_model,
         "d_sae": d_sae,
         "device": str(device),
         "normalize_activations": "expected_average_only_in",
-        **own[config.architecture],
+        **own[architecture],
     }
 
 

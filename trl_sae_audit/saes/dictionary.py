@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import AuditError
+from ..errors import AuditError
+from ..models.hook_names import SET_HOOK_POINT
+from .info import DictionaryInfo
 
 _BLOCK_BYTES = 128 * 2**20
 _TOKEN_BYTES = 64 * 2**20
@@ -37,20 +39,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class DictionaryInfo:
-    """What a run record keeps of a dictionary."""
-
-    name: str
-    identity: str
-    hook_point: str
-    d_sae: int
-    d_model: int
-    model_name: str | None
-    neuronpedia_id: str | None
-
-
-@dataclass(frozen=True)
-class Block:
+class DictionaryChunk:
     """Some consecutive features, where they are computed with.
 
     Attributes:
@@ -72,7 +61,7 @@ class FeatureDictionary:
     """Unit decoder directions at a hook point, and, where there is one, the encoder that belongs to them.
 
     Only the rows given are kept, no normalised copy of them, so that a memory-mapped file stays one; what is computed
-    with them is computed in float32, a block of 128 MiB at a time.
+    with them is computed in float32, a chunk of 128 MiB at a time.
 
     Args:
         directions: [d_sae, d_model], one row a feature, of any norm. Not copied where it is kept as it is: do not
@@ -86,8 +75,9 @@ class FeatureDictionary:
         neuronpedia_id: `model/sae` on Neuronpedia, if known.
         dtype: keep the rows as float32, bfloat16 or float16; by default as they are given (float64 as float32).
             In bfloat16 an entry is off by at most 1/256 of itself, a score `⟨v, d_f⟩` by at most `Σ_j |v_j·d_fj| / 127`.
-        offload: leave the rows where they are when the dictionary moves to a GPU, and send it the block that is
+        offload: leave the rows where they are when the dictionary moves to a GPU, and send it the chunk that is
             computed with.
+        other_hook_points: further names of the same place, which are tried where the model does not have the first.
 
     Raises:
         AuditError: if `directions` is not a matrix, or has a value that is not finite.
@@ -104,6 +94,7 @@ class FeatureDictionary:
         neuronpedia_id: str | None = None,
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        other_hook_points: Sequence[str] = (),
     ) -> None:
         if directions.ndim != 2 or 0 in directions.shape:
             raise AuditError(
@@ -111,11 +102,14 @@ class FeatureDictionary:
                 "[d_sae, d_model], one row a feature."
             )
         if not hook_point:
-            raise AuditError(
-                f"Dictionary {name!r} does not say where it hooks; pass hook_point='model.layers.N'."
-            )
+            raise AuditError(f"Dictionary {name!r} does not say where it hooks; {SET_HOOK_POINT}.")
         self.name = name
         self.hook_point = hook_point
+        self.choice = ""
+        """Why it was chosen, where `load_dictionary("auto")` chose it."""
+        self.origin: dict[str, str] = {}
+        """Where `load_dictionary` found it, as options of a command: dictionary, sae_id, hook_point; empty where it was made in memory."""
+        self.hook_names = tuple(dict.fromkeys((hook_point, *other_hook_points)))
         self.model_name = model_name
         self.neuronpedia_id = neuronpedia_id
         self.encoder = encoder
@@ -140,7 +134,7 @@ class FeatureDictionary:
     @property
     def directions(self) -> Tensor:
         """All unit directions [d_sae, d_model] in float32: a new matrix, as large as that; `rows` gives some of them."""
-        return torch.cat([block.decoder / block.norms[:, None] for block in self.blocks()])
+        return torch.cat([chunk.decoder / chunk.norms[:, None] for chunk in self.chunks()])
 
     @property
     def info(self) -> DictionaryInfo:
@@ -166,13 +160,13 @@ class FeatureDictionary:
         moved.encoder = None if self.encoder is None else self.encoder.to(device)
         return moved
 
-    def blocks(self, rows: int = 0) -> Iterator[Block]:
-        """All features, in their order, a block at a time: one that takes at most 128 MiB, as does its float32 [rows, w]."""
+    def chunks(self, rows: int = 0) -> Iterator[DictionaryChunk]:
+        """All features, in their order, a chunk at a time: one that takes at most 128 MiB, as does its float32 [rows, w]."""
         width = max(1, _BLOCK_BYTES // (4 * max(self.d_model, rows)))
         for start in range(0, self.d_sae, width):
             features = slice(start, min(start + width, self.d_sae))
             decoder = self.decoder[features].to(self.device, torch.float32)
-            yield Block(features, decoder, _divisors(self.norms[features]))
+            yield DictionaryChunk(features, decoder, _divisors(self.norms[features]))
 
     @property
     def tokens_at_once(self) -> int:
@@ -188,7 +182,7 @@ class FeatureDictionary:
     def project(self, vectors: Tensor) -> Tensor:
         """⟨v, d_f⟩ of every row with every unit direction: [n, d_model] → [n, d_sae], float32."""
         vectors = vectors.to(self.device, torch.float32)
-        parts = [block.project(vectors) for block in self.blocks(len(vectors))]
+        parts = [chunk.project(vectors) for chunk in self.chunks(len(vectors))]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def encode(self, hidden: Tensor) -> Tensor:
@@ -269,3 +263,8 @@ def _examined(directions: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor
 
 def _divisors(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, 1.0)
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The widest float type there is on the device."""
+    return torch.float32 if device.type == "mps" else torch.float64

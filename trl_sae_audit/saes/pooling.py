@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
+from ..errors import AuditError
 from .dictionary import FeatureDictionary
-from .errors import AuditError
 
-POOLINGS = ("max", "mean", "last")
+Pooling = Literal["max", "mean", "last"]
+POOLINGS = get_args(Pooling)
 
 
 @torch.no_grad()
-def pooled(
+def pool_activations(
     dictionary: FeatureDictionary,
     hidden: Tensor,
     counted: Tensor,
-    pooling: str,
+    pooling: Pooling,
     features: Tensor | None = None,
 ) -> Tensor:
     """Feature activations pooled over the counted tokens of each row.

@@ -27,11 +27,14 @@ class SaeLensEncoder:
     Args:
         sae: in whatever type and place it is kept.
         offload: leave it where it is; slices go to the device of the hidden states.
+        centered: the SAE was trained on `h − mean(h)`, the residual stream that TransformerLens makes by centring the weights
+            that write to it; a Hugging Face model gives `h`.
     """
 
-    def __init__(self, sae: SAE[Any], *, offload: bool = False) -> None:
+    def __init__(self, sae: SAE[Any], *, offload: bool = False, centered: bool = False) -> None:
         self.sae = sae
         self.offload = offload
+        self.centered = centered
 
     @torch.no_grad()
     def encode(self, hidden: Tensor) -> Tensor:
@@ -39,6 +42,7 @@ class SaeLensEncoder:
 
     def activations(self, hidden: Tensor) -> Tensor:
         """`encode`, with derivatives where the SAE has them (TopK: through the chosen)."""
+        hidden = self._expected(hidden)
         if self._is_whole(hidden.device):
             return self.sae.encode(hidden)
         parts = [part.encode(hidden) for part in self._slices(hidden.device)]
@@ -47,6 +51,10 @@ class SaeLensEncoder:
 
     @torch.no_grad()
     def decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
+        decoded = self._decode(activations, self._expected(hidden))
+        return decoded + hidden.mean(-1, keepdim=True) if self.centered else decoded
+
+    def _decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
         self.sae.run_time_activation_norm_fn_in(hidden)
         if self._is_whole(hidden.device):
             return self.sae.decode(activations)
@@ -61,7 +69,7 @@ class SaeLensEncoder:
     @torch.no_grad()
     def output_scale(self, hidden: Tensor) -> Tensor:
         """What the decoder's output is multiplied by at run time, read off by passing it zeros and ones."""
-        ends = []
+        hidden, ends = self._expected(hidden), []
         for probe in (torch.zeros_like(hidden[..., :1]), torch.ones_like(hidden[..., :1])):
             self.sae.run_time_activation_norm_fn_in(hidden)
             ends.append(self.sae.run_time_activation_norm_fn_out(probe))
@@ -73,7 +81,10 @@ class SaeLensEncoder:
         moved = with_parameters(
             self.sae, {name: value.to(device) for name, value in self.sae.named_parameters()}
         )
-        return SaeLensEncoder(moved)
+        return SaeLensEncoder(moved, centered=self.centered)
+
+    def _expected(self, hidden: Tensor) -> Tensor:
+        return hidden - hidden.mean(-1, keepdim=True) if self.centered else hidden
 
     def _is_whole(self, device: torch.device) -> bool:
         return all(value.dtype in _FULL and value.device == device for value in self.sae.parameters())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .errors import AuditError
+from ..errors import AuditError
+from .progress import progress_bar
 
 
 class ActivationBuffer(Iterator[Tensor]):
@@ -81,7 +81,7 @@ class ActivationBuffer(Iterator[Tensor]):
     def _fill_first(self, expected: int | None) -> int:
         filled, capacity = 0, self._store.shape[0]
         total = None if expected is None else min(expected, capacity)
-        with tqdm(total=total, desc="Activations", unit=" tokens", disable=None) as bar:
+        with progress_bar(total=total, desc="Activations", unit=" tokens") as bar:
             while filled < capacity and (rows := self._read(capacity - filled)) is not None:
                 self._store[filled : filled + len(rows)] = rows
                 filled += len(rows)

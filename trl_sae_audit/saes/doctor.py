@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import trl
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from ..errors import AuditError
+from ..models.hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
+from ..models.residual_stream import TokenRules, residual_stream
+from ..models.tokenizers import Processing, text_tokenizer
+from .compatibility import model_name, same_family, same_model
 from .dictionary import FeatureDictionary
-from .errors import AuditError
-from .health import Health, health_of
-from .hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
-from .preflight import model_name, same_family
-from .residual_stream import TokenRules, residual_stream
+from .fit import POOR_FVU, Health, health_of
 
-USELESS_FVU, POOR_FVU = 0.9, 0.5
+USELESS_FVU = 0.9
+"""An FVU from which on a dictionary is condemned."""
 NORMAL_L0 = (5.0, 300.0)
 MOSTLY_DEAD = 0.9
 _NEIGHBOUR_TOKENS = 2_000
@@ -79,7 +81,7 @@ class Diagnosis:
 
 def diagnose(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     texts: Sequence[str],
     dictionary: FeatureDictionary,
     *,
@@ -91,7 +93,7 @@ def diagnose(
 
     Args:
         model: the model that will be trained.
-        tokenizer: the model's.
+        tokenizer: the model's, or a processor that has it.
         texts: like those of the training run.
         dictionary: which is to explain it.
         rules: which tokens count.
@@ -105,10 +107,11 @@ def diagnose(
     width_fits = _check_width(model, dictionary, checks)
     checks.append(_check_name(model, dictionary))
     if hook is not None and width_fits:
+        reader = text_tokenizer(tokenizer, hook.decoder)
         dictionary = dictionary.to(model.device)
 
         def measure(place: HookPoint, limit: int) -> Health:
-            stream = residual_stream(model, tokenizer, texts, place, rules, batch_size)
+            stream = residual_stream(model, reader, texts, place, rules, batch_size)
             return health_of(stream, dictionary, limit)
 
         health = measure(hook, max_tokens)
@@ -130,7 +133,8 @@ def trainer_support() -> tuple[TrainerSupport, ...]:
     """Which of the trainers this package reads the installed TRL has."""
     stable = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "RewardTrainer", "SFTTrainer")
     places = dict.fromkeys(stable, "trl")
-    places |= {"OnlineDPOTrainer": "trl.experimental.online_dpo", "PPOTrainer": "trl.experimental.ppo"}
+    experimental = {"OnlineDPO": "online_dpo", "CPO": "cpo", "ORPO": "orpo", "PPO": "ppo"}
+    places |= {f"{name}Trainer": f"trl.experimental.{module}" for name, module in experimental.items()}
     return tuple(_importable(name, module) for name, module in places.items())
 
 
@@ -150,7 +154,7 @@ def _check_hook(
     model: PreTrainedModel, dictionary: FeatureDictionary, checks: list[Check]
 ) -> HookPoint | None:
     try:
-        hook = resolve_hook_point(model, dictionary.hook_point)
+        hook = resolve_hook_point(model, dictionary.hook_names)
     except AuditError as error:
         checks.append(Check("hook point", dictionary.hook_point, "bad", str(error)))
         return None
@@ -181,6 +185,9 @@ def _check_name(model: PreTrainedModel, dictionary: FeatureDictionary) -> Check:
             f"you give {given}; if that is the same model under another name, or fine-tuned from it, all is well; "
             "otherwise the features mean nothing in it",
         )
+    if given and not same_model(recorded, given):
+        remark = f"you give {given}, another stage of its training: the figures below tell whether it fits that too"
+        return Check("made for", recorded, "good", remark)
     return Check("made for", recorded, "good", f"you give {given}" if given else "")
 
 
@@ -194,15 +201,15 @@ def _check_health(dictionary: FeatureDictionary, health: Health) -> list[Check]:
     by_token = "the same token by token: what a few huge activations cannot flatter"
     return [
         tokens,
-        _check_fvu("FVU", health.fvu, "normal: 0.05 to 0.4; 1 is no better than the mean"),
-        _check_fvu("token FVU", health.token_fvu, by_token),
+        _check_fvu("FVU", health.fvu, USELESS_FVU, "normal: 0.05 to 0.4; 1 is no better than the mean"),
+        _check_fvu("token FVU", health.token_fvu, POOR_FVU, f"{by_token}; normal: below 0.3"),
         _check_l0(health.l0),
         _check_dead(health),
     ]
 
 
-def _check_fvu(name: str, fvu: float, remark: str) -> Check:
-    if not fvu < USELESS_FVU:
+def _check_fvu(name: str, fvu: float, limit: float, remark: str) -> Check:
+    if not fvu < limit:
         return Check(name, f"{fvu:.3f}", "bad", f"it does not explain these activations; {remark}")
     return Check(name, f"{fvu:.3f}", "doubtful" if fvu >= POOR_FVU else "good", remark)
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dictionary import FeatureDictionary
-from .scores import accumulator
+from .dictionary import FeatureDictionary, accumulator
+
+POOR_FVU = 0.5
+"""A token FVU from which on a dictionary says too little of a model's tokens to be used."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class HealthTotals:
 
         Args:
             hidden: [n, d_model], of any float type.
-            weight: [n], how much each token counts: a mask, or None for all alike. What stands in a row of
+            weight: [n], how much each token counts: a mask, or None for all alike. What is in a row of
                 weight 0 does not matter, not even NaN.
         """
         if weight is None:

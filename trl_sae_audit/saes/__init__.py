@@ -1,0 +1,1 @@
+"""Sparse autoencoders: loading, encoding, fit, compatibility with a model, training."""

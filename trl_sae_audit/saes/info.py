@@ -1,0 +1,28 @@
+"""What files say of a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pydantic import PositiveInt
+
+
+@dataclass(frozen=True)
+class DictionaryInfo:
+    """What a run record or an audit keeps of a dictionary."""
+
+    name: str
+    identity: str
+    hook_point: str
+    d_sae: PositiveInt
+    d_model: PositiveInt
+    model_name: str | None = None
+    neuronpedia_id: str | None = None
+
+
+def describe(entry: Mapping[str, Any]) -> DictionaryInfo:
+    """The dictionary that an entry of a manifest describes; what else it has is left out."""
+    known = {each.name for each in fields(DictionaryInfo)}
+    return DictionaryInfo(**{name: value for name, value in entry.items() if name in known})
