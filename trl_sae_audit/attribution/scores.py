@@ -6,17 +6,13 @@ Sign, everywhere: positive means that a step down this gradient up-weights the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .dictionary import FeatureDictionary
-
-
-def attribution(gradient: Tensor, dictionary: FeatureDictionary) -> Tensor:
-    """-⟨G, d_f⟩ for every unit direction: [n, d_model] → [n, d_sae]."""
-    return -dictionary.project(gradient)
+from ..saes.dictionary import FeatureDictionary
 
 
 def cosine(attribution: Tensor, gradient: Tensor) -> Tensor:
@@ -35,11 +31,6 @@ def share(cosine: Tensor) -> Tensor:
     return cosine.square()
 
 
-def lift(share: Tensor, d_model: int) -> Tensor:
-    """Share relative to a random direction's expected 1 / d_model."""
-    return share * d_model
-
-
 def variance_of_sum(squared_deviations: Tensor, count: Tensor) -> Tensor:
     """Squared standard error of a sum of `count` independent contributions: n/(n-1)·Σ(c − c̄)².
 
@@ -52,11 +43,6 @@ def variance_of_sum(squared_deviations: Tensor, count: Tensor) -> Tensor:
     """
     n = count.to(squared_deviations)[:, None]
     return torch.where(n > 1, squared_deviations * n / (n - 1), torch.nan)
-
-
-def accumulator(device: torch.device) -> torch.dtype:
-    """The widest float type there is on the device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def coverage(gradient: Tensor, directions: Tensor) -> Tensor:
@@ -99,12 +85,29 @@ class TokenScores:
             torch.zeros_like(dictionary.norms),
         )
 
-    def add(self, gradient: Tensor, hidden: Tensor, dictionary: FeatureDictionary) -> None:
-        """Add tokens: `gradient` and `hidden` are [n, d_model], float32; chunked over the tokens."""
-        width = dictionary.tokens_at_once
-        for g, h in zip(gradient.split(width), hidden.split(width), strict=True):
+    @classmethod
+    def join(cls, parts: Sequence[TokenScores], divisor: float) -> TokenScores:
+        """Those of all parts, their gradients divided by `divisor`."""
+        return cls(
+            torch.stack([part.projected_squares for part in parts]).sum(0) / divisor**2,
+            torch.stack([part.gradient_squares for part in parts]).sum() / divisor**2,
+            torch.stack([part.activation_attribution for part in parts]).sum(0) / divisor,
+        )
+
+    def add(
+        self, gradient: Tensor, hidden: Tensor, dictionary: FeatureDictionary, scale: Tensor | None = None
+    ) -> None:
+        """Add tokens, some at a time; not to `gradient_squares`, which needs no dictionary.
+
+        Args:
+            gradient, hidden: of the tokens [n, d_model].
+            dictionary: projects the one and encodes the other.
+            scale: how many tokens each stands for [n]; by default one.
+        """
+        scale = torch.ones(len(gradient), device=gradient.device) if scale is None else scale
+        parts = (values.float().split(dictionary.tokens_at_once) for values in (gradient, hidden, scale))
+        for g, h, times in zip(*parts, strict=True):
             projected = dictionary.project(g)
-            self.projected_squares += projected.square().sum(0)
+            self.projected_squares += times @ projected.square()
             effect = projected.mul_(dictionary.encode(h)).mul_(dictionary.written_norms(h))
-            self.activation_attribution -= effect.sum(0)
-        self.gradient_squares += gradient.square().sum()
+            self.activation_attribution -= times @ effect

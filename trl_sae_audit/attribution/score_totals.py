@@ -1,23 +1,24 @@
-"""Running totals of every feature over a run, in memory that does not depend on the number of steps.
+"""Running totals of one score of every feature over a run, in memory that does not depend on the number of steps.
 
-A ranking made from what happened to be in each step's top k is wrong for a feature that is always just below it;
-these sums are exact for all features. Everything is accumulated step by step in float64, so the result does
-not depend, to the bit, on how steps are grouped into calls, nor on a stop and a resume between two of them.
+Everything is accumulated step by step in float64, so the result does not depend, to the bit, on how steps are grouped into
+calls, or on a stop and a resume between two of them.
 """
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
 
-from trl_sae_audit.errors import AuditError
-from trl_sae_audit.statistics import benjamini_hochberg, mann_kendall, two_sided_t_p
-from trl_sae_audit.untrusted import check_fits
+from ..errors import AuditError
+from ..io.untrusted import check_fits
+from ..statistics import benjamini_hochberg, mann_kendall, two_sided_t_p
+from .curriculum import CurriculumMap
 
 _SUMS = (
-    "attribution",
-    "attribution_squared",
-    "attribution_times_step",
+    "score",
+    "score_squared",
+    "score_times_step",
     "positive",
     "negative",
     "variance",
@@ -26,108 +27,30 @@ _SUMS = (
 )
 _COUNTS = ("positive_steps", "negative_steps")
 _SCALARS = ("steps", "nonfinite_steps", "variance_steps", "curriculum.width", "curriculum.max_bins")
-_AVERAGED_EXTRAS = ("token_share",)
-"""Extras that are fractions of a step: `frame` shows their mean over steps; of any other extra, the sum."""
+_AVERAGED_EXTRAS = ("token_share", "activation", "frequency")
+"""Extras of which `frame` shows the mean over steps; of any other extra it shows the sum."""
 
 BYTES_PER_FEATURE = 8 * len(_SUMS) + 4 * len(_COUNTS) + 4 * 64
-"""Memory of the totals with all 64 time bins in use, without extras."""
-
+"""Memory of one score's totals with all 64 time bins in use, without extras."""
 BYTES_PER_EXTRA = 8
 
 _BLOCK = 16384
-"""Features added at a time, so that their sums stay in the processor's cache while the steps go by."""
+"""Features added at a time, so that their sums stay in the processor's cache over the steps."""
 
 
-class CurriculumMap:
-    """Sums over [time bins × features] whose size does not grow: when the bins are full, neighbours merge.
-
-    Bins start one step wide; each merge doubles the width, so bin b holds steps `b·width + 1 … (b+1)·width`.
-
-    Args:
-        n_features: F.
-        max_bins: most bins ever held, an even number from 2 to 4096.
-    """
-
-    def __init__(self, n_features: int, max_bins: int = 64):
-        if max_bins % 2 or not 2 <= max_bins <= 4096:
-            raise AuditError(
-                f"max_bins is {max_bins}, but bins merge in pairs: choose an even number, 2 to 4096."
-            )
-        self.max_bins = max_bins
-        self.width = 1
-        self.last_step = 0
-        self._sums = np.zeros((max_bins, n_features), np.float32)
-        self._counts = np.zeros(max_bins, np.int64)
-
-    @property
-    def sums(self) -> np.ndarray:
-        """Sum of attribution in each bin begun so far, [bins, F] float32."""
-        return self._sums[: self._n_bins]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Steps added to each bin, [bins] int64; steps that were skipped are not among them."""
-        return self._counts[: self._n_bins]
-
-    @property
-    def _n_bins(self) -> int:
-        return -(-self.last_step // self.width)
-
-    def add(self, attribution: np.ndarray) -> None:
-        """Count the next step, with its attribution [F]."""
-        self.skip()
-        index = (self.last_step - 1) // self.width
-        self._sums[index] += attribution
-        self._counts[index] += 1
-
-    def skip(self) -> None:
-        """Let the next step pass without adding anything."""
-        self.last_step += 1
-        if self.last_step > self.width * self.max_bins:
-            self._merge_neighbours()
-
-    def _merge_neighbours(self) -> None:
-        half = self.max_bins // 2
-        for index in range(half):
-            np.add(self._sums[2 * index], self._sums[2 * index + 1], out=self._sums[index])
-        self._sums[half:] = 0
-        self._counts[:half] = self._counts[0::2] + self._counts[1::2]
-        self._counts[half:] = 0
-        self.width *= 2
-
-    def means(self) -> np.ndarray:
-        """Mean attribution per step in each bin, [bins, F] float32; NaN in a bin without a finite step."""
-        counts = np.where(self.counts, self.counts, np.nan).astype(np.float32)
-        return self.sums / counts[:, None]
-
-    def frame(self) -> pd.DataFrame:
-        """`means` with the bins' (first_step, last_step) as index and the features as columns."""
-        first = np.arange(self._n_bins) * self.width + 1
-        last = np.minimum(first + self.width - 1, self.last_step)
-        index = pd.MultiIndex.from_arrays([first, last], names=["first_step", "last_step"])
-        columns = pd.RangeIndex(self._sums.shape[1], name="feature")
-        return pd.DataFrame(self.means(), index=index, columns=columns, copy=False)
-
-    def load(self, sums: np.ndarray, counts: np.ndarray, width: int, last_step: int) -> None:
-        """Take over the state of another map of the same size."""
-        self.width, self.last_step = width, last_step
-        self._sums[: len(sums)] = sums
-        self._counts[: len(counts)] = counts
-
-
-class FeatureTotals:
-    """Sums of one dictionary's features over the optimizer steps of a run. Positive = up-weighted.
+class ScoreTotals:
+    """Sums of one score of a dictionary's features over the optimizer steps of a run.
 
     Args:
         n_features: F = d_sae.
         max_bins: time bins of the curriculum map.
 
     Attributes:
-        steps: optimizer steps seen, the non-finite ones included.
-        nonfinite_steps: steps left out of every sum because their gradient was not finite.
+        steps: optimizer steps seen, including the non-finite ones.
+        nonfinite_steps: steps omitted from every sum because something about them was not finite.
         variance_steps: steps whose standard error was known (two examples or more).
         sums: name → float64 [F], summed over the finite steps.
-        extras: name → float64 [F], the sums of what the caller passed besides.
+        extras: name → float64 [F], the sums of the caller's extras.
         curriculum: the map over time.
     """
 
@@ -150,7 +73,7 @@ class FeatureTotals:
 
     def update(
         self,
-        attribution: np.ndarray,
+        score: np.ndarray,
         positive: np.ndarray,
         negative: np.ndarray,
         variance: np.ndarray,
@@ -162,26 +85,31 @@ class FeatureTotals:
         """Add S consecutive optimizer steps.
 
         Args:
-            attribution: [S, F].
-            positive: [S, F], attribution of the chosen / reinforced side.
-            negative: [S, F], attribution of the rejected / suppressed side.
-            variance: [S, F], squared standard error of each step's attribution; a row of NaN where it is
-                unknown (fewer than two examples).
-            degrees: [S], degrees of freedom of each step's variance, its examples less one; None where they are
-                so many that it counts as known.
+            score: [S, F].
+            positive: [S, F], of the chosen or reinforced side.
+            negative: [S, F], of the rejected or suppressed side.
+            variance: [S, F], squared standard error of each step's score; a row of NaN where it is unknown (fewer than
+                two examples).
             share: [S, F], squared cosine between the step's gradient and the feature; 0 where the gradient is 0.
+            degrees: [S], degrees of freedom of each step's variance, its number of examples minus one; None if the
+                variance counts as known.
             extras: name → [S, F]; the same names at every call.
-            finite: [S], False for a step whose gradient was not finite. Such a step, and one whose attribution
-                itself is not finite, is counted but enters no sum.
+            finite: [S], False for a step whose gradient was not finite. Such a step, and one whose score is not finite,
+                is counted but enters no sum.
 
         Raises:
             AuditError: an array of another shape, or extras under other names than before.
         """
-        rows = {"attribution": attribution, "positive": positive, "negative": negative}
-        rows |= {"variance": variance, "share": share}
-        rows = self._checked(rows)
-        extra_rows = self._checked_extras(extras or {}, len(rows["attribution"]))
-        keep = np.isfinite(rows["attribution"]).all(axis=1)
+        rows = {
+            "score": score,
+            "positive": positive,
+            "negative": negative,
+            "variance": variance,
+            "share": share,
+        }
+        rows = self._check_rows(rows)
+        extra_rows = self._check_extras(extras or {}, len(rows["score"]))
+        keep = np.isfinite(rows["score"]).all(axis=1)
         if finite is not None:
             keep &= np.asarray(finite, bool)
         known = keep & ~np.isnan(rows["variance"]).all(axis=1)
@@ -191,7 +119,7 @@ class FeatureTotals:
             self._add_block(
                 slice(start, start + _BLOCK), rows, extra_rows, keep, known, inverse_degrees, first_step
             )
-        for row, kept in zip(rows["attribution"], keep, strict=True):
+        for row, kept in zip(rows["score"], keep, strict=True):
             self._count_step(row, bool(kept))
         self.variance_steps += int(known.sum())
 
@@ -207,14 +135,14 @@ class FeatureTotals:
     ) -> None:
         sums = {name: total[features] for name, total in self.sums.items()}
         counts = {name: total[features] for name, total in self.counts.items()}
-        scratch = np.empty_like(sums["attribution"])
+        scratch = np.empty_like(sums["score"])
         exact = np.empty_like(scratch)
         for index in np.flatnonzero(keep):
-            row = rows["attribution"][index, features]
+            row = rows["score"][index, features]
             exact[:] = row
-            sums["attribution"] += exact
-            sums["attribution_times_step"] += np.multiply(exact, first_step + index, out=scratch)
-            sums["attribution_squared"] += np.multiply(exact, exact, out=scratch)
+            sums["score"] += exact
+            sums["score_times_step"] += np.multiply(exact, first_step + index, out=scratch)
+            sums["score_squared"] += np.multiply(exact, exact, out=scratch)
             counts["positive_steps"] += row > 0
             counts["negative_steps"] += row < 0
             for name in ("positive", "negative", "share"):
@@ -227,28 +155,28 @@ class FeatureTotals:
             for name, extra in extra_rows.items():
                 self.extras[name][features] += extra[index, features]
 
-    def _count_step(self, attribution: np.ndarray, finite: bool) -> None:
+    def _count_step(self, score: np.ndarray, finite: bool) -> None:
         self.steps += 1
         if finite:
-            self.curriculum.add(attribution)
+            self.curriculum.add(score)
             self._step_sum += self.steps
             self._step_square_sum += self.steps**2
         else:
             self.curriculum.skip()
             self.nonfinite_steps += 1
 
-    def _checked(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _check_rows(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays = {name: np.asarray(values) for name, values in rows.items()}
-        expected = (len(arrays["attribution"]), self.n_features)
+        expected = (len(arrays["score"]), self.n_features)
         for name, values in arrays.items():
             if values.shape != expected:
                 raise AuditError(
-                    f"{name} has shape {values.shape}, but these totals need {expected}: one row a step and one "
+                    f"{name} has shape {values.shape}, but these totals need {expected}: one row per step and one "
                     f"column for each of the dictionary's {self.n_features} features."
                 )
         return arrays
 
-    def _checked_extras(self, extras: Mapping[str, np.ndarray], n_steps: int) -> dict[str, np.ndarray]:
+    def _check_extras(self, extras: Mapping[str, np.ndarray], n_steps: int) -> dict[str, np.ndarray]:
         if self.steps == 0 and not self.extras:
             self.extras = {name: np.zeros(self.n_features) for name in extras}
         if set(extras) != set(self.extras):
@@ -256,7 +184,7 @@ class FeatureTotals:
                 f"extras are named {sorted(extras)}, but earlier steps had {sorted(self.extras)}: pass the same "
                 "names at every step of a run."
             )
-        rows = self._checked({"attribution": np.broadcast_to(0.0, (n_steps, self.n_features)), **extras})
+        rows = self._check_rows({"score": np.broadcast_to(0.0, (n_steps, self.n_features)), **extras})
         return {name: rows[name] for name in extras}
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -273,7 +201,7 @@ class FeatureTotals:
         return state
 
     @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> "FeatureTotals":
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> "ScoreTotals":
         """The totals that `state_dict` described, to the bit.
 
         Raises:
@@ -281,7 +209,7 @@ class FeatureTotals:
         """
         extras = [name.removeprefix("extras.") for name in state if name.startswith("extras.")]
         _check_state(state, extras)
-        totals = cls(state["sums.attribution"].shape[0], int(state["curriculum.max_bins"][0]))
+        totals = cls(state["sums.score"].shape[0], int(state["curriculum.max_bins"][0]))
         totals.sums = {name: state[f"sums.{name}"].copy() for name in _SUMS}
         totals.counts = {name: state[f"counts.{name}"].copy() for name in _COUNTS}
         totals.extras = {name: state[f"extras.{name}"].copy() for name in extras}
@@ -294,21 +222,7 @@ class FeatureTotals:
         return totals
 
     def frame(self, d_model: int) -> pd.DataFrame:
-        """One row a feature, in the order of the dictionary.
-
-        attribution (sum over the run), attribution_mean (per step), standard_error (of the sum, `sqrt` of the
-        steps' summed variances; steps of unknown variance are taken to have the mean of the others), z, degrees_of_freedom
-        (Satterthwaite's, `(Σv)² / Σ(v²/ν)`: few examples a step say little about their own spread), p_value (two-sided,
-        Student's t), q_value (Benjamini–Hochberg over the features), share (mean over steps of the squared
-        cosine; directions overlap, so shares do not add up over features), lift (`share · d_model`; 1 is what a
-        random direction gets), positive_steps, negative_steps, chosen and rejected (attribution of the two sides),
-        trend (least-squares slope of attribution, per step), trend_tau, trend_p_value and trend_q_value
-        (Mann–Kendall over the means of the curriculum's bins), then the extras.
-
-        The standard error treats every example of every step as an independent draw. Examples that come again in
-        a later epoch are not, and nor are several completions of one prompt: with k passes over the data it is too
-        small, by up to a factor `sqrt(k)`, and p_value and q_value with it. The trend test takes bins as
-        independent too, which data sorted by difficulty or by source breaks.
+        """One row per feature, in the order of the dictionary, with the columns that `FeatureTotals.frame` describes.
 
         Args:
             d_model: width of the residual stream.
@@ -318,15 +232,15 @@ class FeatureTotals:
             inverse = np.float64(1.0) / n if n else np.nan
             scale = n / self.variance_steps if self.variance_steps else np.nan
             standard_error = np.sqrt(sums["variance"] * scale)
-            z = np.where(standard_error > 0, sums["attribution"] / standard_error, np.nan)
+            z = np.where(standard_error > 0, sums["score"] / standard_error, np.nan)
             degrees_of_freedom = np.square(sums["variance"]) / sums["variance_spread"]
         p_value = two_sided_t_p(z, degrees_of_freedom)
         seen = self.curriculum.counts > 0
         tau, trend_p = mann_kendall(self.curriculum.means()[seen])
         columns = {
             "feature": np.arange(self.n_features),
-            "attribution": sums["attribution"],
-            "attribution_mean": sums["attribution"] * inverse,
+            "score": sums["score"],
+            "score_mean": sums["score"] * inverse,
             "standard_error": standard_error,
             "z": z,
             "degrees_of_freedom": degrees_of_freedom,
@@ -335,8 +249,8 @@ class FeatureTotals:
             "share": sums["share"] * inverse,
             "lift": sums["share"] * inverse * d_model,
             **self.counts,
-            "chosen": sums["positive"],
-            "rejected": sums["negative"],
+            "positive": sums["positive"],
+            "negative": sums["negative"],
             "trend": self._slope(),
             "trend_tau": tau,
             "trend_p_value": trend_p,
@@ -347,21 +261,21 @@ class FeatureTotals:
         return pd.DataFrame(columns)
 
     def _slope(self) -> np.ndarray:
-        """Least-squares slope of attribution against the step, [F]; NaN with fewer than two finite steps."""
+        """Least-squares slope of the score against the step, [F]; NaN with fewer than two finite steps."""
         if self.finite_steps < 2:
             return np.full(self.n_features, np.nan)
         mean_step = self._step_sum / self.finite_steps
         spread = self._step_square_sum - self._step_sum * mean_step
-        return (self.sums["attribution_times_step"] - mean_step * self.sums["attribution"]) / spread
+        return (self.sums["score_times_step"] - mean_step * self.sums["score"]) / spread
 
 
 def _check_state(state: Mapping[str, np.ndarray], extras: list[str]) -> None:
-    """Refuse, with an AuditError, a state that `FeatureTotals.state_dict` could not have made."""
+    """Refuse, with an AuditError, a state that `ScoreTotals.state_dict` could not have made."""
     expected: dict[str, tuple[type, tuple[int, ...]]] = dict.fromkeys(_SCALARS, (np.int64, (1,)))
-    _check_arrays(state, expected)
-    if "sums.attribution" not in state:
-        raise AuditError("the sum of attributions is missing: these totals are damaged, so use another copy.")
-    features = state["sums.attribution"].shape[:1]
+    check_arrays(state, expected)
+    if "sums.score" not in state:
+        raise AuditError("The sum of scores is missing: these totals are damaged, so use another copy.")
+    features = state["sums.score"].shape[:1]
     expected |= {f"sums.{name}": (np.float64, features) for name in _SUMS}
     expected |= {f"counts.{name}": (np.int32, features) for name in _COUNTS}
     expected |= {f"extras.{name}": (np.float64, features) for name in extras}
@@ -371,30 +285,35 @@ def _check_state(state: Mapping[str, np.ndarray], extras: list[str]) -> None:
     )
     finite = steps - int(state["nonfinite_steps"][0])
     if not (0 <= finite <= steps and 0 <= int(state["variance_steps"][0]) <= finite and width > 0):
-        raise AuditError("the steps these totals count do not agree: they are damaged, so use another copy.")
+        raise AuditError("The steps these totals count do not agree: they are damaged, so use another copy.")
     bins = min(-(-steps // width), max_bins)
     expected["curriculum.sums"] = (np.float32, (bins, *features))
     expected["curriculum.counts"] = (np.int64, (bins,))
-    _check_arrays(state, expected)
-    if int(state["curriculum.counts"].sum()) != finite or not np.isfinite(state["sums.attribution"]).all():
+    check_arrays(state, expected)
+    if int(state["curriculum.counts"].sum()) != finite or not np.isfinite(state["sums.score"]).all():
         raise AuditError(
-            "the sums and counts of these totals do not agree: they are damaged, so use another copy."
+            "The sums and counts of these totals do not agree: they are damaged, so use another copy."
         )
     check_fits("the map over time", 4 * max_bins * features[0])
-    unknown = sorted(set(state) - set(expected))
-    if unknown:
-        raise AuditError(
-            f"{unknown[0]!r} is no part of totals: another version of trl-sae-audit wrote them, use that."
-        )
+    if unknown := sorted(set(state) - set(expected)):
+        raise_unknown(unknown[0])
 
 
-def _check_arrays(
+def raise_unknown(name: str) -> NoReturn:
+    """Refuse totals with an array that no version knows, or not this one."""
+    raise AuditError(
+        f"{name!r} is not part of totals: another version of trl-sae-audit wrote them. Use that one."
+    )
+
+
+def check_arrays(
     state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[type, tuple[int, ...]]]
 ) -> None:
+    """Refuse, with an AuditError, arrays that are missing, or of another type or shape than `expected`."""
     for name, (kind, shape) in expected.items():
         if name not in state or state[name].dtype != kind or state[name].shape != shape:
-            found = f"{state[name].dtype} {state[name].shape}" if name in state else "missing"
+            actual = f"{state[name].dtype} {state[name].shape}" if name in state else "missing"
             raise AuditError(
-                f"{name!r} of these totals is {found} instead of {np.dtype(kind)} {shape}: they are damaged or of "
+                f"{name!r} of these totals is {actual} instead of {np.dtype(kind)} {shape}: they are damaged or of "
                 "another version of trl-sae-audit, so use another copy."
             )

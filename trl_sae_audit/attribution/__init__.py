@@ -1,0 +1,1 @@
+"""The mathematics of one optimizer step, and its accumulation over a run."""
