@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import RecordWriteError
-from .record_writer import RecordWriter
-from .totals import FeatureTotals
+from ..attribution.totals import FeatureTotals
+from ..errors import RecordWriteError
+from .manifest import Status
+from .writer import RecordWriter
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ MOST_WAITING = 256 * 2**20
 """Bytes of rows that wait in memory for a disk to become writable again, before the record is given up."""
 
 
-class RecordKeeper:
+class ResilientWriter:
     """Writes a run's record, on its main process, and outlives a disk that fails.
 
     A training is worth more than its record. A write that fails is logged as an error, once for each reason, and tried
@@ -69,13 +70,13 @@ class RecordKeeper:
         return True
 
     def close(
-        self, status: str, step: int | None = None, totals: Mapping[str, FeatureTotals] | None = None
+        self, status: Status, step: int | None = None, totals: Mapping[str, FeatureTotals] | None = None
     ) -> None:
         """End the record; for the arguments see `RecordWriter.close`."""
         try:
             self._writer.close(status, step, totals)
         except RecordWriteError as error:
-            logger.error("%s The run has ended, and later steps are not in the record.", _sentence(error))
+            logger.error("%s The run has ended, and later steps are not in the record.", error)
 
     def _report(self, error: RecordWriteError) -> None:
         if self._writer.waiting_bytes > MOST_WAITING:
@@ -83,16 +84,11 @@ class RecordKeeper:
             logger.error(
                 "%s Training goes on, but %d MiB of rows wait for it by now, so the record is given up: it ends at step "
                 "%d.",
-                *(_sentence(error), MOST_WAITING >> 20, self._writer.last_step),
+                *(error, MOST_WAITING >> 20, self._writer.last_step),
             )
         elif error.reason != self._trouble:
             logger.error(
                 "%s Training goes on, and the steps since then wait in memory for the next attempt.",
-                _sentence(error),
+                error,
             )
         self._trouble = error.reason
-
-
-def _sentence(error: RecordWriteError) -> str:
-    text = str(error)
-    return text[0].upper() + text[1:]

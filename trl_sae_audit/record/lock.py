@@ -5,7 +5,7 @@ import os
 import weakref
 from pathlib import Path
 
-from trl_sae_audit.errors import AuditError, RecordWriteError
+from ..errors import AuditError, DirectoryTakenError, RecordWriteError
 
 LOCK = ".lock"
 
@@ -17,7 +17,8 @@ class DirectoryLock:
     once, so that it cannot outlive a killed parent and keep the directory locked.
 
     Raises:
-        AuditError: another writer holds the lock, or the directory cannot be written or locked.
+        DirectoryTakenError: another writer holds the lock.
+        AuditError: the directory cannot be written or locked.
     """
 
     def __init__(self, directory: Path):
@@ -31,20 +32,20 @@ class DirectoryLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
-            raise AuditError(
+            raise DirectoryTakenError(
                 f"{directory} is being written by another writer that is still running: wait until it ends, or "
                 "choose another output_dir."
             ) from None
         except OSError as error:
             self.release()
             raise AuditError(
-                f"the file system of {directory} cannot lock a file ({error.strerror}): choose an output_dir on a "
+                f"The file system of {directory} cannot lock a file ({error.strerror}): choose an output_dir on a "
                 "local disk."
             ) from error
         _held.add(self)
 
     def check(self) -> None:
-        """Refuse to go on where the directory is no longer the one that was locked.
+        """Refuse to continue if the directory is no longer the one that was locked.
 
         Raises:
             RecordWriteError: it was removed, moved away or replaced, and by now may be another writer's.

@@ -1,0 +1,1 @@
+"""The run record: written while a run trains, read back afterwards."""
