@@ -6,18 +6,18 @@ and completion as one text. Both are local variables of the caller, which is whe
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, MethodType
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from transformers import Trainer
 
-from .errors import AuditError
+from ..errors import AuditError
+from .call_stack import calling_frames, trainer_frames
 
-_ASKING = {"_calculate_rewards", "_calculate_rewards_from_functions"}
+_REWARDING = {"_calculate_rewards", "_calculate_rewards_from_functions"}
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,14 @@ class TokenRollout:
 
 @dataclass(frozen=True)
 class TextRollout:
-    """GRPO, RLOO or OnlineDPO asks: the texts whose rewards it wants, in the order of the rows."""
+    """GRPO, RLOO or OnlineDPO asks: the texts whose rewards it wants, in the order of the rows.
+
+    `keywords` is what it passes to reward functions besides the texts: token ids, columns of the dataset, its state.
+    """
 
     prompts: Sequence[Any]
     completions: Sequence[Any]
+    keywords: Mapping[str, Any]
     trainer: Trainer
     learning: bool
 
@@ -45,11 +49,10 @@ def token_rollout() -> TokenRollout:
     Raises:
         AuditError: called from elsewhere.
     """
-    for frame in _frames():
+    for frame in calling_frames():
         if frame.f_code.co_name == "get_reward" and "context_length" in frame.f_locals:
-            asking = _asking_trainer(frame)
-            learning = asking is not None and asking.f_code.co_name == "train"
-            trainer = None if asking is None else asking.f_locals["self"]
+            trainer, method = next(trainer_frames(), (None, None))
+            learning = method is not None and method.f_code.co_name == "train"
             return TokenRollout(int(frame.f_locals["context_length"]), trainer, learning)
     raise AuditError(
         "The shaped reward model cannot tell where responses begin: PPO's get_reward is not calling it. Call "
@@ -63,11 +66,12 @@ def text_rollout() -> TextRollout:
     Raises:
         AuditError: called from elsewhere.
     """
-    for frame in _frames():
-        if frame.f_code.co_name in _ASKING and isinstance(frame.f_locals.get("self"), Trainer):
-            trainer = frame.f_locals["self"]
+    for trainer, frame in trainer_frames():
+        if frame.f_code.co_name in _REWARDING:
+            known = frame.f_locals
+            keywords = {"completion_ids": known["completion_ids_list"], **known["reward_kwargs"]}
             return TextRollout(
-                frame.f_locals["prompts"], frame.f_locals["completions"], trainer, trainer.model.training
+                known["prompts"], known["completions"], keywords, trainer, trainer.model.training
             )
     raise AuditError(
         "The shaped reward model cannot tell prompt from response in its input_ids: no GRPO, RLOO or OnlineDPO trainer is "
@@ -80,8 +84,7 @@ def trainer_of_function(keywords: Mapping[str, Any]) -> Trainer | None:
     log_metric = keywords.get("log_metric")
     if isinstance(log_metric, MethodType) and isinstance(log_metric.__self__, Trainer):
         return log_metric.__self__
-    frame = _asking_trainer(sys._getframe(1))
-    return None if frame is None else frame.f_locals["self"]
+    return next((trainer for trainer, _ in trainer_frames()), None)
 
 
 def is_trained(model: nn.Module, trainer: Trainer) -> bool:
@@ -89,18 +92,3 @@ def is_trained(model: nn.Module, trainer: Trainer) -> bool:
     parts = {id(part) for part in model.modules() if any(True for _ in part.parameters(recurse=False))}
     policy = trainer.accelerator.unwrap_model(trainer.model)
     return any(id(part) in parts for part in policy.modules())
-
-
-def _asking_trainer(frame: FrameType | None) -> FrameType | None:
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer):
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -1,6 +1,6 @@
 """What the engines that accelerate can put under a trainer (DDP, FSDP, DeepSpeed) mean for a gradient read in one process.
 
-All of those supported here give every process rows of its own and the optimizer the mean of the processes' gradients;
+All engines supported here give every process its own rows, and the optimizer the mean of the processes' gradients;
 where that is not so, the run is refused. FSDP and DeepSpeed's ZeRO-3 also keep only a part of the parameters in each process and
 gather the others when the whole model runs.
 """
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from transformers import Trainer
 
-from .errors import AuditError
-from .residual_stream import Forward
+from ..errors import AuditError
+from ..models.residual_stream import Forward
+from ..models.sharding import is_sharded
 
 _REFUSED = {
     DistributedType.XLA: "PyTorch/XLA",
@@ -86,14 +86,23 @@ def check_probe(accelerator: Accelerator) -> None:
     """Raises:
     AuditError: if the model cannot be run between two steps without disturbing the training.
     """
-    if (
-        accelerator.distributed_type == DistributedType.DEEPSPEED
-        and accelerator.state.deepspeed_plugin.zero_stage == 3
-    ):
+    if _is_zero3(accelerator):
         raise AuditError(
             "A probe cannot be used with DeepSpeed ZeRO-3: what it fetches for a forward pass of its own breaks the next "
             "backward pass. Take probe= out, or train with FSDP or ZeRO-2."
         )
+
+
+def has_whole_head(trainer: Trainer) -> bool:
+    """Whether the language head can be run by itself, in one process, between two steps."""
+    return not _is_zero3(trainer.accelerator) and whole_forward(trainer) is None
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
+    return (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+        and accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
 
 
 def whole_forward(trainer: Trainer) -> Forward | None:
@@ -111,8 +120,3 @@ def whole_forward(trainer: Trainer) -> Forward | None:
         )
 
     return forward
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Sharded by torch's `fully_shard`, by transformers when it was loaded, or by hand."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

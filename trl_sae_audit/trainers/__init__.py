@@ -1,0 +1,1 @@
+"""Everything that knows TRL's trainers and the engines under them."""
