@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from .dictionary import FeatureDictionary
-from .engines import check_engine, gradient_divisor
-from .errors import AuditError
-from .flags import Flag, FlagSet
-from .microbatch import Batch
-from .preflight import check_dictionary
-from .seams import Seams
-from .shaping import distinct_names
-from .trainers import calling_trainer, policy_of
+from ..errors import AuditError
+from ..flags import Flag, FlagSet, distinct_names
+from ..models.hook_points import layer_output
+from ..saes.compatibility import check_dictionary
+from ..saes.dictionary import FeatureDictionary
+from ..trainers.engines import check_engine
+from ..trainers.hooks import TrainerHooks
+from ..trainers.kinds import calling_trainer, policy_of
+from ..trainers.lifecycle import TrainerListener
+from ..trainers.logs import log_kind
 
-MODES = ("full", "positive")
+Mode = Literal["full", "positive"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 _RANK_TOLERANCE = 1e-6
 _SWEEPS = 200
 _SETTLED = 1e-7
@@ -37,12 +39,11 @@ class FeatureShieldCallback(TrainerCallback):
     {g : ⟨g, d_f⟩ ≥ 0 for every flag}, and `strength` how far towards it.
 
     Parameters of the layers at and below the hook point get the gradient of a loss that asks nothing of these directions.
-    Layers above still can learn to read them; and what enters the stream along other directions and is turned
-    into the feature later is not stopped. With an empty flag set nothing is touched, and training is bit-identical.
+    Layers above can still learn to read them, and what enters the stream along other directions and becomes the feature
+    later is not stopped. With an empty flag set nothing is touched, and training is bit-identical.
 
     Logs `shield/{label}/before` and `/after`: attribution, −⟨Σ g, d_f⟩, per optimizer step, of both gradients.
-    A FeatureAttributionCallback standing before it in `callbacks` records the gradient before, one standing after it
-    the gradient after. With bfloat16 gradients, g' is orthogonal up to bfloat16's rounding.
+    A FeatureAttributionCallback before it in `callbacks` records the gradient before, one after it the gradient after. With bfloat16 gradients, g' is orthogonal up to bfloat16's rounding.
 
     Args:
         dictionary: whose directions.
@@ -68,7 +69,7 @@ class FeatureShieldCallback(TrainerCallback):
         flags: Iterable[Flag],
         *,
         strength: float = 1.0,
-        mode: str = "full",
+        mode: Mode = "full",
     ) -> None:
         if mode not in MODES:
             raise AuditError(f"The shield's mode is {mode!r}; choose one of {', '.join(MODES)}.")
@@ -81,7 +82,7 @@ class FeatureShieldCallback(TrainerCallback):
         self.flags = flags.of(dictionary) if len(flags) else []
         if len(self.flags) < len(flags):
             raise AuditError(
-                f"Some flags are not of dictionary {dictionary.name!r}; pass a shield for each dictionary its own."
+                f"Some flags are not of dictionary {dictionary.name!r}; pass one shield for each dictionary."
             )
         for flag in self.flags:
             if not float(dictionary.norms[flag.feature]) > 0:
@@ -97,22 +98,20 @@ class FeatureShieldCallback(TrainerCallback):
         self._rows = span_basis(directions) if mode == "full" else directions * signs.to(directions)[:, None]
         self._both = torch.tensor([flag.direction == "both" for flag in self.flags], dtype=torch.bool)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()
         if self.flags:
             self._run = _Run(self, calling_trainer(self))
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run is not None:
             self._run.before_optimizer_step()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is pickled, has the options and no run: it shields nothing until a trainer calls it."""
+        return {**vars(self), "_run": None}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()
 
     def detach(self) -> None:
@@ -121,7 +120,7 @@ class FeatureShieldCallback(TrainerCallback):
             self._run.abort()
             self._run = None
 
-    def shielded(self, gradient: Tensor) -> Tensor:
+    def shield_gradient(self, gradient: Tensor) -> Tensor:
         """g' of gradients [..., d_model], in their own type."""
         if self._rows.device != gradient.device:
             self._rows, self._both = self._rows.to(gradient.device), self._both.to(gradient.device)
@@ -133,7 +132,7 @@ class FeatureShieldCallback(TrainerCallback):
         return out.reshape(gradient.shape).to(gradient.dtype)
 
 
-class _Run:
+class _Run(TrainerListener):
     """One training run under the shield."""
 
     def __init__(self, shield: FeatureShieldCallback, trainer: Trainer) -> None:
@@ -146,40 +145,31 @@ class _Run:
         self._directions = shield.dictionary.rows([flag.feature for flag in shield.flags])
         self._names = distinct_names(shield.flags)
         self._seen = False
-        self._divisor: float | None = None
         self._step = torch.zeros(2, len(shield.flags), device=device)
         self._window = torch.zeros_like(self._step)
         self._steps = 0
         self._handle = self.point.module.register_forward_hook(self._on_forward)
         try:
-            self._seams = Seams(trainer, self)
+            self._hooks = TrainerHooks(trainer, self)
         except BaseException:
             self._handle.remove()
             raise
 
     @torch.compiler.disable
     def _on_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = layer_output(output)
         if torch.is_grad_enabled() and hidden.requires_grad and hidden.grad_fn is not None:
             hidden.register_hook(self._on_gradient)
 
     def _on_gradient(self, gradient: Tensor) -> Tensor:
         self._seen = True
-        shielded = self.shield.shielded(gradient)
-        for row, each in enumerate((gradient, shielded)):
-            total = each.reshape(-1, each.shape[-1]).sum(0, dtype=torch.float32)
+        shielded = self.shield.shield_gradient(gradient)
+        for row, tokens in enumerate((gradient, shielded)):
+            total = tokens.reshape(-1, tokens.shape[-1]).sum(0, dtype=torch.float32)
             self._step[row] -= self._directions @ total
         return shielded
 
     # What the trainer reports
-
-    def begin_microbatch(self) -> None:
-        """Every gradient counts, whichever micro-batch it is of."""
-        if self._divisor is None:
-            self._divisor = gradient_divisor(self.trainer.accelerator)
-
-    def end_microbatch(self, batches: list[Batch]) -> None:
-        """As above."""
 
     def before_optimizer_step(self) -> None:
         """Raises:
@@ -190,14 +180,13 @@ class _Run:
                 f"No gradient passes {self.point.path!r}: nothing below it is trained, so there is nothing to shield. "
                 "Choose a dictionary of a layer above the lowest trainable parameters, or take the shield out."
             )
-        self._window += self._step / (self._divisor or 1.0)
-        self._divisor = None
+        self._window += self._step / self._hooks.take_divisor()
         self._step.zero_()
         self._steps += 1
 
     def enrich_log(self, logs: dict[str, Any]) -> None:
         """Add the window's means to a training log."""
-        if "train_runtime" in logs or all(name.startswith("eval_") for name in logs) or not self._steps:
+        if log_kind(logs) != "training" or not self._steps:
             return
         window = self._window / self._steps
         if self.trainer.accelerator.num_processes > 1:
@@ -208,19 +197,10 @@ class _Run:
         self._window.zero_()
         self._steps = 0
 
-    def before_checkpoint(self) -> None:
-        """The shield has nothing to keep."""
-
-    def after_checkpoint(self) -> None:
-        """As above."""
-
-    def before_train_end(self) -> None:
-        """The shield has nothing to say at the end."""
-
     def abort(self) -> None:
         """Take everything off model and trainer."""
         self._handle.remove()
-        self._seams.remove()
+        self._hooks.remove()
 
 
 def span_basis(directions: Tensor) -> Tensor:
