@@ -22,11 +22,12 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from pyarrow import ArrowException
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
-from .errors import AuditError
-from .preferences import read_by_trl
+from ..data.preferences import read_by_trl
+from ..errors import AuditError
+from ..models.tokenizers import Processing
 
 ROW = "__row__"
 _UNFIT = (ArrowException, TemplateError, TypeError, ValueError, KeyError)
@@ -48,6 +49,15 @@ class TokenizedExample:
     row: int
     features: dict[str, Any]
     size: int
+
+
+NO_SIDE = "neither"
+"""Of an answer that the loss does not ask for or against."""
+
+
+def side_name(sign: int, sides: Sequence[str]) -> str:
+    """What the side of an answer is called, by its sign."""
+    return NO_SIDE if sign == 0 else sides[0] if sign > 0 else sides[-1]
 
 
 class Loss(Protocol):
@@ -78,6 +88,10 @@ class Loss(Protocol):
         """+1 or -1 of each row of the batch."""
         ...
 
+    def prompt_of(self, example: TokenizedExample) -> tuple[int, ...]:
+        """Token ids of an example's prompt."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What an audit's manifest records; two audits with the same description asked the same."""
         ...
@@ -92,6 +106,7 @@ class PreferenceLoss:
     Args:
         tokenizer: of the model.
         args: the `DPOConfig` of the run to come; TRL's defaults if None.
+        processing: the processor that the run will have, where it has one, which TRL lets tokenize.
 
     Raises:
         AuditError: for a loss whose terms mix the examples of a batch, which then have no loss of their own.
@@ -101,10 +116,15 @@ class PreferenceLoss:
     sides = ("chosen", "rejected")
     rows_per_example = 2
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DPOConfig | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        args: DPOConfig | None = None,
+        processing: Processing | None = None,
+    ) -> None:
         self.trainer = _stand_in_trainer(tokenizer, args)
         _refuse_mixing_losses(self.trainer)
-        self._tokenizer = tokenizer
+        self._processing = processing if isinstance(processing, ProcessorMixin) else tokenizer
 
     @property
     def max_length(self) -> int | None:
@@ -139,7 +159,7 @@ class PreferenceLoss:
     def _tokenized(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> list[TokenizedExample]:
         columns = [{ROW: number, **read_by_trl(row)} for number, row in rows]
         stream = Dataset.from_list(columns).to_iterable_dataset()
-        prepared = self.trainer._prepare_dataset(stream, self._tokenizer, self.trainer.args, "audit")
+        prepared = self.trainer._prepare_dataset(stream, self._processing, self.trainer.args, "audit")
         return [TokenizedExample(row[ROW], row, _longest(row)) for row in prepared]
 
     def collate(self, examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
@@ -164,6 +184,9 @@ class PreferenceLoss:
         sides = torch.ones(len(batch["input_ids"]), dtype=torch.int8)
         sides[len(sides) // 2 :] = -1
         return sides
+
+    def prompt_of(self, example: TokenizedExample) -> tuple[int, ...]:
+        return tuple(example.features["prompt_ids"])
 
     def describe(self) -> dict[str, Any]:
         args = self.trainer.args
@@ -326,5 +349,5 @@ def _refuse_mixing_losses(trainer: DPOTrainer) -> None:
             )
     if trainer.use_weighting:
         raise AuditError(
-            "use_weighting needs the policy's whole distribution, which the audit does not compute; audit without it."
+            "Use_weighting needs the policy's whole distribution, which the audit does not compute; audit without it."
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from .errors import AuditError
+from ...errors import AuditError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,7 +24,7 @@ class AffineUpdate:
     """A step taken apart: `Δθ = offset − scale ⊙ g`, with g the mean gradient before clipping.
 
     `scale` depends on g itself (Adam divides by its size), so this is what the step is, not what another gradient
-    would make of it. `offset` is what moves without g: momentum from earlier steps and weight decay.
+    would make of it. `offset` is what moves without g: momentum from earlier steps and weight decay; a parameter that has neither is left out.
     """
 
     scale: Tensors
@@ -32,19 +32,27 @@ class AffineUpdate:
 
     def step(self, gradient: Mapping[str, Tensor]) -> Tensors:
         """Δθ for the gradient it was made from."""
-        return {name: self.offset[name] - self.scale[name] * value for name, value in gradient.items()}
+        step = {name: -self.scale[name] * value for name, value in gradient.items()}
+        for name, value in self.offset.items():
+            step[name] += value
+        return step
 
 
 @dataclass(frozen=True)
 class BatchMoments:
-    """How gradients vary over the batches of a run: the mean of their squares after clipping, and the mean clip factor."""
+    """How gradients vary over the batches of a run.
 
-    second: Tensors
+    Attributes:
+        second: of a parameter, by name, the mean of their squares after clipping; asked for once each, as it may be given away.
+        clip: the mean clip factor.
+    """
+
+    second: Callable[[str], Tensor]
     clip: float
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _ParameterState:
     """One parameter's hyperparameters and state."""
 
     learning_rate: float
@@ -78,7 +86,7 @@ class UpdateRule:
         AuditError: for an unknown kind.
     """
 
-    kind: str = "adamw"
+    kind: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -86,7 +94,7 @@ class UpdateRule:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     batch_size: int | None = None
-    state: Mapping[str, _Settings] = field(default_factory=dict, repr=False)
+    state: Mapping[str, _ParameterState] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "sgd"):
@@ -102,7 +110,9 @@ class UpdateRule:
             AuditError: for an optimizer whose step is not known here.
         """
         name = str(args.optim.value if hasattr(args.optim, "value") else args.optim)
-        kind = "sgd" if name == "sgd" else "adamw" if name.startswith(("adamw_torch", "adamw_hf")) else name
+        kind: Any = (
+            "sgd" if name == "sgd" else "adamw" if name.startswith(("adamw_torch", "adamw_hf")) else name
+        )
         return cls(
             kind,
             args.learning_rate,
@@ -130,14 +140,14 @@ class UpdateRule:
         Raises:
             AuditError: for another optimizer, or options of it that change its step in ways not known here.
         """
-        kinds = {torch.optim.AdamW: "adamw", torch.optim.SGD: "sgd"}
+        kinds: dict[type, Literal["adamw", "sgd"]] = {torch.optim.AdamW: "adamw", torch.optim.SGD: "sgd"}
         if type(optimizer) not in kinds:
             raise AuditError(
                 f"The optimizer is a {type(optimizer).__name__}, whose step is not known here; pass a torch.optim.AdamW "
                 "or SGD, or an UpdateRule."
             )
         by_tensor = {id(value): name for name, value in parameters.items()}
-        state: dict[str, _Settings] = {}
+        state: dict[str, _ParameterState] = {}
         for group in optimizer.param_groups:
             for option in ("amsgrad", "maximize", "nesterov", "dampening"):
                 if group.get(option):
@@ -146,7 +156,7 @@ class UpdateRule:
                     )
             for value in group["params"]:
                 if id(value) in by_tensor:
-                    state[by_tensor[id(value)]] = _settings_of(group, optimizer.state.get(value, {}))
+                    state[by_tensor[id(value)]] = _state_of(group, optimizer.state.get(value, {}))
         missing = set(parameters) - set(state)
         if missing:
             raise AuditError(
@@ -168,22 +178,25 @@ class UpdateRule:
         """The step for the mean gradient [by parameter], taken apart.
 
         Args:
-            gradient: mean over the examples, before clipping.
+            gradient: mean over the examples, before clipping; not needed where `wants_batches`.
             parameters: as they are.
             batches: how the gradient varies over the run's batches, where `wants_batches`.
         """
         clip = self.clip(gradient) if batches is None else batches.clip
-        scale, offset = {}, {}
-        for name, value in gradient.items():
+        scale: Tensors = {}
+        offset: Tensors = {}
+        for name in parameters:
             settings = self.state.get(name) or self._fresh(parameters[name])
-            parameter = parameters[name].detach()
             if batches is not None:
-                rate = settings.learning_rate
-                scale[name] = rate * clip / (batches.second[name].sqrt() + settings.eps)
-                offset[name] = -rate * settings.weight_decay * parameter
+                root = batches.second(name).sqrt_().add_(settings.eps)
+                scale[name] = root.reciprocal_().mul_(settings.learning_rate * clip)
+                moving = None
             else:
                 make = _adamw if self.kind == "adamw" else _sgd
-                scale[name], offset[name] = make(settings, value.detach(), parameter, clip)
+                scale[name], moving = make(settings, gradient[name].detach(), clip)
+            for each in (moving, _decay(settings, parameters[name].detach().to(scale[name].dtype))):
+                if each is not None:
+                    offset[name] = offset[name] + each if name in offset else each
         return AffineUpdate(scale, offset)
 
     def describe(self) -> dict[str, Any]:
@@ -196,21 +209,22 @@ class UpdateRule:
     def _steps_before(self) -> int:
         return max((settings.step for settings in self.state.values()), default=0)
 
-    def clip(self, gradient: Mapping[str, Tensor]) -> float:
-        """The factor of torch's clip_grad_norm_: `min(1, max / (‖g‖ + 1e-6))`."""
+    def clip(self, gradient: Mapping[str, Tensor], factor: float = 1.0) -> float:
+        """The factor of torch's clip_grad_norm_: `min(1, max / (‖g‖ + 1e-6))`, of a gradient times `factor`."""
         if self.max_grad_norm is None:
             return 1.0
-        norm = math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values()))
+        norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in gradient.values()]
+        norm = factor * float(torch.linalg.vector_norm(torch.stack(norms)))
         return min(1.0, self.max_grad_norm / (norm + 1e-6))
 
-    def _fresh(self, parameter: Tensor) -> _Settings:
+    def _fresh(self, parameter: Tensor) -> _ParameterState:
         decay = self.weight_decay if parameter.ndim > 1 else 0.0
-        return _Settings(self.learning_rate, decay, self.betas, self.eps, self.momentum)
+        return _ParameterState(self.learning_rate, decay, self.betas, self.eps, self.momentum)
 
 
-def _settings_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> _Settings:
+def _state_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> _ParameterState:
     if "betas" in group:
-        return _Settings(
+        return _ParameterState(
             float(group["lr"]),
             group["weight_decay"],
             group["betas"],
@@ -219,7 +233,7 @@ def _settings_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> _Setting
             first=state["exp_avg"] if state else None,
             second=state["exp_avg_sq"] if state else None,
         )
-    return _Settings(
+    return _ParameterState(
         float(group["lr"]),
         group["weight_decay"],
         momentum=group["momentum"],
@@ -227,23 +241,25 @@ def _settings_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> _Setting
     )
 
 
-def _adamw(settings: _Settings, gradient: Tensor, parameter: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def _decay(settings: _ParameterState, parameter: Tensor) -> Tensor | None:
+    rate = settings.learning_rate * settings.weight_decay
+    return -rate * parameter if rate else None
+
+
+def _adamw(settings: _ParameterState, gradient: Tensor, clip: float) -> tuple[Tensor, Tensor | None]:
+    """Factor of the gradient, and what the momentum moves; in the gradient's type, whatever type the state is kept in."""
     beta1, beta2 = settings.betas
     step = settings.step + 1
     second = (1 - beta2) * (clip * gradient).square()
     if settings.second is not None:
-        second = second + beta2 * settings.second
+        second = second + beta2 * settings.second.to(gradient.dtype)
     root = second.sqrt() / math.sqrt(1 - beta2**step) + settings.eps
     per_gradient = settings.learning_rate / (1 - beta1**step) / root
-    offset = -settings.learning_rate * settings.weight_decay * parameter
-    if settings.first is not None:
-        offset = offset - per_gradient * beta1 * settings.first
-    return per_gradient * (1 - beta1) * clip, offset
+    moved = None if settings.first is None else -per_gradient * beta1 * settings.first.to(gradient.dtype)
+    return per_gradient * (1 - beta1) * clip, moved
 
 
-def _sgd(settings: _Settings, gradient: Tensor, parameter: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def _sgd(settings: _ParameterState, gradient: Tensor, clip: float) -> tuple[Tensor, Tensor | None]:
     rate = settings.learning_rate
-    offset = -rate * settings.weight_decay * parameter
-    if settings.first is not None:
-        offset = offset - rate * settings.momentum * settings.first
-    return torch.full_like(gradient, rate * clip), offset
+    moved = None if settings.first is None else -rate * settings.momentum * settings.first.to(gradient.dtype)
+    return torch.full_like(gradient, rate * clip), moved

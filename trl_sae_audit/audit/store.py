@@ -7,11 +7,11 @@ grows with the data but the number of parts. Nothing in it is a pickle.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .audit_files import audit_key, check_manifest, check_part, unsealed_part
-from .audit_pass import ExampleArrays
-from .dictionary import FeatureDictionary
-from .errors import AuditError
-from .record_files import sync_directory, temporary, write_durably
-from .untrusted import is_inside, read_json
-from .untrusted_tables import sealed
+from ..errors import AuditError
+from ..io.atomic import sync_directory, temporary, write_durably
+from ..io.manifest import (
+    MANIFEST,
+    check_free,
+    damaged,
+    document,
+    package_versions,
+    plain,
+    read_manifest,
+    reading,
+)
+from ..io.tables import load_checked, save_checked
+from ..io.untrusted import is_inside
+from ..saes.dictionary import FeatureDictionary
+from .content import AuditContent, audit_key
+from .files import check_part
+from .gradients import ExampleArrays
 
-SCHEMA = 2
-MANIFEST = "manifest.json"
 _DECODER = "decoder.safetensors"
 _PARTS = "parts"
 _ARRAYS = tuple(field.name for field in fields(ExampleArrays))
@@ -58,7 +67,7 @@ class AuditStore:
     """The directory of one audit.
 
     Raises:
-        AuditError: a directory that holds something else, an audit of an unknown schema version, or a damaged one.
+        AuditError: a directory that holds something else, an audit of an unknown format, or a damaged one.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -66,53 +75,46 @@ class AuditStore:
         self.manifest = manifest
 
     @classmethod
-    def create(cls, directory: Path, header: Mapping[str, Any], dictionary: FeatureDictionary) -> AuditStore:
-        """A new audit, or the one in `directory` if it was begun with the same header and not finished."""
-        if (directory / MANIFEST).is_file():
-            return cls._continued(directory, header)
+    def create(
+        cls,
+        directory: Path,
+        header: Mapping[str, Any],
+        dictionary: FeatureDictionary,
+        config: Mapping[str, Any],
+    ) -> AuditStore:
+        """A new audit, or the one in `directory` if it was begun with the same header; `config` is how it was called."""
+        if (directory / MANIFEST).exists():
+            check_free(directory, "audit")
+            return cls._continued(directory, header, config)
         if directory.exists() and any(path.name != _PARTS for path in _visible(directory)):
             raise AuditError(f"{directory} is not empty and holds no audit; choose a new or empty directory.")
         (directory / _PARTS).mkdir(parents=True, exist_ok=True)
         _write_decoder(directory / _DECODER, dictionary.decoder)
-        store = cls(directory, {"schema": SCHEMA, "status": "running", **header})
-        store._write_manifest()
+        store = cls(directory, {"packages": package_versions(), "status": "running", **plain(header)})
+        store._set_config(config)
         return store
 
     @classmethod
-    def _continued(cls, directory: Path, header: Mapping[str, Any]) -> AuditStore:
+    def _continued(cls, directory: Path, header: Mapping[str, Any], config: Mapping[str, Any]) -> AuditStore:
         store = cls.open(directory)
         for name, value in header.items():
-            if name != "versions" and store.manifest.get(name) != _as_json(value):
+            if store.manifest.get(name) != plain(value):
                 raise AuditError(
                     f"{directory} holds an audit made with another {name.replace('_', ' ')}; choose another output_dir "
                     "to keep both, or delete it."
                 )
+        store._set_config(config)
         return store
+
+    def _set_config(self, config: Mapping[str, Any]) -> None:
+        """Note how the audit was called, each time it is begun or continued."""
+        if self.manifest.get("config") != plain(config):
+            self.manifest["config"] = plain(config)
+            self._write_manifest()
 
     @classmethod
     def open(cls, directory: Path) -> AuditStore:
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise AuditError(f"{directory} holds no audit: it has no {MANIFEST}.")
-        try:
-            manifest = read_json(path)
-        except (OSError, ValueError) as error:
-            raise AuditError(
-                f"{path} is damaged ({error}); restore it from a copy or audit again."
-            ) from error
-        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-            found = manifest.get("schema") if isinstance(manifest, dict) else None
-            raise AuditError(
-                f"The audit in {directory} has schema version {found}, and this version of trl-sae-audit reads {SCHEMA}; "
-                "read it with the version that wrote it."
-            )
-        try:
-            check_manifest(manifest)
-        except ValueError as error:
-            raise AuditError(
-                f"{path} is damaged ({error}); restore it from a copy or audit again."
-            ) from error
-        return cls(directory, manifest)
+        return cls(directory, read_manifest(directory, "audit", shape=AuditContent))
 
     @property
     def finished(self) -> bool:
@@ -126,12 +128,14 @@ class AuditStore:
     def write_part(self, number: int, part: Part) -> None:
         arrays = {name: np.ascontiguousarray(getattr(part.arrays, name)) for name in _ARRAYS}
         arrays |= {"row": part.row.astype(np.int64), "digest": part.digest}
-        described = {"audit": audit_key(_as_json(self.manifest)), "notes": part.notes}
-        _write(self._path(number), sealed(arrays, described | {"set_aside": _as_json(part.set_aside)}))
+        described = {"audit": audit_key(self.manifest), "notes": part.notes, "set_aside": part.set_aside}
+        self.write_arrays(_name(number), arrays, described)
 
     def read_part(self, number: int) -> Part:
-        arrays, described = unsealed_part(self._inside(self._path(number)))
-        self._check_part(number, arrays, described)
+        name = _name(number)
+        arrays, described = self.read_arrays(name)
+        with reading(self.directory / name):
+            check_part(arrays, described, self.manifest)
         return Part(
             row=arrays["row"],
             digest=arrays["digest"],
@@ -142,47 +146,61 @@ class AuditStore:
 
     def digests(self, number: int) -> np.ndarray:
         """Of every row of a part, without reading the rest."""
-        return unsealed_part(self._inside(self._path(number)), ("digest",))[0]["digest"]
+        found = self.read_arrays(_name(number), ("digest",))[0]["digest"]
+        if found.dtype != np.uint8 or found.ndim != 2 or found.shape[1] != 32:
+            raise damaged(self.directory / _name(number), f"its digests have shape {found.shape}")
+        return found
 
     def parts(self) -> Iterator[Part]:
         """Every part of a finished audit, in order; one at a time in memory."""
         for number in range(self.manifest["parts"]):
             yield self.read_part(number)
 
+    def prompt_states(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Numbers of the rows and states of the prompts of every part, see `PromptStates`, without reading the rest."""
+        for number in range(self.manifest["parts"]):
+            arrays, _ = self.read_arrays(_name(number), ("row", "prompt_state"))
+            rows, states = arrays["row"], arrays["prompt_state"]
+            if (
+                rows.ndim != 1
+                or states.ndim != 2
+                or len(rows) != len(states)
+                or not np.isfinite(states).all()
+            ):
+                raise damaged(self.directory / _name(number), "its prompts' states are not of its rows")
+            if len(rows) and not (rows.min() >= 0 and rows.max() < self.manifest["rows"]):
+                raise damaged(self.directory / _name(number), "its rows are not rows of the data")
+            yield rows, states
+
     def all_digests(self) -> np.ndarray:
         """[rows, 32] uint8."""
         parts = [self.digests(number) for number in range(self.manifest["parts"])]
-        for number, part in enumerate(parts):
-            if part.dtype != np.uint8 or part.ndim != 2 or part.shape[1] != 32:
-                raise AuditError(
-                    f"{self._path(number)} has digests of shape {part.shape}; restore it from a copy."
-                )
         return np.concatenate(parts) if parts else np.zeros((0, 32), np.uint8)
 
     def dictionary(self) -> FeatureDictionary:
         """Directions and hook point; no encoder. The rows are mapped into memory, not read."""
         info = self.manifest["dictionary"]
-        path = self._inside(self.directory / _DECODER)
-        decoder = _read_decoder(path)
+        path = self._inside(_DECODER)
+        try:
+            with safe_open(path, framework="pt") as file:
+                decoder = file.get_tensor("decoder")
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, error) from error
         if decoder.shape != (info["d_sae"], info["d_model"]) or not decoder.is_floating_point():
-            raise AuditError(
-                f"{path} has a decoder {decoder.dtype} {tuple(decoder.shape)}, which is not the manifest's; restore both from a "
-                "copy."
+            raise damaged(
+                path, f"it is {decoder.dtype} {tuple(decoder.shape)}, which is not the manifest's decoder"
             )
-        found = FeatureDictionary(
-            decoder,
-            info["hook_point"],
-            info["name"],
-            model_name=info["model_name"],
-            neuronpedia_id=info["neuronpedia_id"],
-        )
-        if (
-            found.identity != info["identity"] and decoder.dtype == torch.float32
-        ):  # kept shorter, it has another
-            raise AuditError(
-                f"{path} is damaged, its content hash is not the manifest's; restore it from a copy."
+        with reading(self.directory / MANIFEST):
+            found = FeatureDictionary(
+                decoder,
+                info["hook_point"],
+                info["name"],
+                model_name=info["model_name"],
+                neuronpedia_id=info["neuronpedia_id"],
             )
-        found.identity = info["identity"]
+        if decoder.dtype == torch.float32 and found.identity != info["identity"]:
+            raise damaged(path, "its content hash is not the manifest's")
+        found.identity = info["identity"]  # one that is kept shorter has another
         return found
 
     def finish(self, parts: int, processes: int) -> None:
@@ -195,15 +213,12 @@ class AuditStore:
         if missing:
             raise AuditError(f"{self.directory} lacks part {min(missing)}; run the audit again to make it.")
         self.manifest["parts"] = parts
-        digest, examples = hashlib.sha256(), 0
-        notes: dict[str, int] = {}
+        examples, notes = 0, Counter[str]()
         set_aside: list[tuple[int, str]] = []
         for part in self.parts():
-            digest.update(part.digest.tobytes())
             examples += len(part.row)
             set_aside += part.set_aside
-            for name, count in part.notes.items():
-                notes[name] = notes.get(name, 0) + count
+            notes.update(part.notes)
         seen = self.all_digests()
         notes["duplicates"] = len(seen) - len(np.unique(seen.view("V32")))
         if examples == 0:
@@ -218,15 +233,16 @@ class AuditStore:
             "processes": processes,
             "rows": len(seen),
             "examples": examples,
-            "dataset_sha256": digest.hexdigest(),
+            "dataset_sha256": _sha256(seen),
             "set_aside": set_aside,
-            "notes": notes,
+            "notes": dict(notes),
         }
         self._write_manifest()
 
-    def write_table(self, name: str, content: bytes) -> None:
-        """A file beside the parts, such as a cached table of features."""
-        _write(self.directory / name, content)
+    def write(self, name: str, content: bytes) -> None:
+        """A file of the audit, whole or absent."""
+        with _whole_or_absent(self.directory / name):
+            write_durably(self.directory / name, content)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name beside the parts."""
@@ -236,39 +252,29 @@ class AuditStore:
         self, name: str, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]
     ) -> None:
         """Arrays in a file beside the parts, and what they are."""
-        _write(self.directory / name, sealed(arrays, _as_json(description)))
+        self.write(name, save_checked(arrays, plain(description)))
 
-    def read_arrays(self, name: str) -> tuple[dict[str, np.ndarray], Any]:
-        """What `write_arrays` wrote."""
-        return unsealed_part(self._inside(self.directory / name))
+    def read_arrays(
+        self, name: str, names: Sequence[str] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What `write_arrays` wrote; see `load_checked`."""
+        path = self._inside(name)
+        with reading(path):
+            return load_checked(path, names)
 
     def remove(self, name: str) -> None:
         """Delete a file beside the parts, if it is there."""
         (self.directory / name).unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
-        _write(self.directory / MANIFEST, json.dumps(self.manifest, indent=2, default=str).encode())
+        self.write(MANIFEST, document("audit", self.manifest))
 
-    def _path(self, number: int) -> Path:
-        return self.directory / _PARTS / f"{number:06d}.safetensors"
-
-    def _inside(self, path: Path) -> Path:
-        if not is_inside(self.directory, str(path.relative_to(self.directory))):
+    def _inside(self, name: str) -> Path:
+        if not is_inside(self.directory, name):
             raise AuditError(
-                f"{path} of the audit leads out of its directory; it was tampered with, so do not use it."
+                f"{self.directory / name} of the audit leads out of its directory; it was tampered with, so do not use it."
             )
-        return path
-
-    def _check_part(
-        self, number: int, arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]
-    ) -> None:
-        try:
-            check_part(arrays, described, _as_json(self.manifest))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise AuditError(
-                f"{self._path(number)} is no part of this audit ({error}); restore it from a copy, or delete it and audit "
-                "again with the same output_dir."
-            ) from error
+        return self.directory / name
 
     def check(self) -> None:
         """Hold the rows of the parts against what the manifest of a finished audit says of them.
@@ -278,39 +284,19 @@ class AuditStore:
         """
         seen = self.all_digests()
         if len(seen) != self.manifest["rows"] or _sha256(seen) != self.manifest["dataset_sha256"]:
-            raise AuditError(
-                f"The parts of the audit in {self.directory} are not those its {MANIFEST} was written for; restore it from a "
-                "copy or audit again."
-            )
-
-
-def dictionary_header(dictionary: FeatureDictionary) -> dict[str, Any]:
-    """What a manifest keeps of a dictionary."""
-    return asdict(dictionary.info)
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+            raise damaged(self.directory / MANIFEST, "the parts are not those it was written for")
 
 
 def _visible(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if not path.name.startswith(".")]
 
 
-def _unreadable(path: Path, error: Exception) -> AuditError:
-    return AuditError(
-        f"{path} of the audit cannot be read ({error}); restore it from a copy, or delete it and audit again with "
-        "the same output_dir."
-    )
+def _name(part: int) -> str:
+    return f"{_PARTS}/{part:06d}.safetensors"
 
 
 def _sha256(digests: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _whole_or_absent(path):
-        write_durably(path, content)
 
 
 def _write_decoder(path: Path, decoder: torch.Tensor) -> None:
@@ -321,14 +307,6 @@ def _write_decoder(path: Path, decoder: torch.Tensor) -> None:
         with temporary(path).open("rb+") as file:
             os.fsync(file.fileno())
         temporary(path).replace(path)
-
-
-def _read_decoder(path: Path) -> torch.Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("decoder")
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
 
 
 @contextmanager

@@ -7,50 +7,54 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import islice
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .audit_pass import AuditPass
-from .audit_result import PREDICTIONS, Audit
-from .audit_store import AuditStore, Part, dictionary_header
-from .dictionary import FeatureDictionary
-from .errors import AuditError
-from .lookahead import Lookahead
+from ..data.opener import DatasetLike, Row, only_split
+from ..data.preferences import PairCheck
+from ..errors import AuditError
+from ..io.manifest import MANIFEST
+from ..saes.compatibility import check_dictionary, check_whole, model_name
+from ..saes.dictionary import FeatureDictionary
+from .batches import chunks, digests
+from .contexts import DATA, gather_contexts
+from .gradients import AuditPass, Scores
 from .objectives import Loss, TokenizedExample
-from .preferences import PairCheck, Row, Source, iterate_rows, row_digest
-from .preflight import check_dictionary, check_whole, model_name
-from .rehearsal import Rehearsal
-from .rewards import AnswerCheck, answer_ids
-from .sampling import Sampling, sampled_batches
-from .update_rule import UpdateRule
+from .result import Audit
+from .rewards import AnswerCheck
+from .store import AuditStore, Part
 
 logger = logging.getLogger(__name__)
 
-RowCheck = PairCheck | AnswerCheck
+_MOST_ENTRIES = 2**16 // 28
+"""Features of an example whose figures are kept, where all of them are active: 28 bytes each, 64 KiB in all."""
 
-_SAMPLED_TOGETHER = 8  # batches: sampling keeps no graph
+RowCheck = PairCheck | AnswerCheck
+Step = Callable[[AuditPass, Callable[[int], bool]], dict[int, Scores]]
+"""Differentiates examples; returns the scores of those rows for which the second argument is true."""
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class AuditConfig:
     """See `audit_preferences`."""
 
     batch_size: int
     part_size: int
     activations: bool
-    on_bad_row: str
+    on_bad_row: Literal["stop", "set_aside"]
     seed: int
+    options: Mapping[str, Any]
+    """What the manifest keeps as its `config`."""
+    attention_sinks: bool = False
 
 
 class AuditRun:
@@ -63,8 +67,9 @@ class AuditRun:
         loss: Loss,
         *,
         reference: nn.Module | None,
-        settings: RunSettings,
+        config: AuditConfig,
         progress: bool,
+        tokenizer: PreTrainedTokenizerBase,
         pass_type: type[AuditPass] = AuditPass,
     ) -> None:
         check_whole(model)
@@ -72,32 +77,97 @@ class AuditRun:
         device = next(point.decoder.parameters()).device
         self.dictionary = dictionary.to(device)
         self.model = model
+        self.device = device
         self.loss = loss
-        self.settings = settings
+        if config.activations and _entries(dictionary, loss) > _MOST_ENTRIES:
+            logger.warning(
+                "Dictionary %r has no encoder, so that all of its %d features are active in every answer: the audit keeps sums over "
+                "answers alone, which give no disparity, selection or largest activation. projection_difference is the difference "
+                "of mean activations.",
+                *(dictionary.name, dictionary.d_sae),
+            )
+            config = replace(config, activations=False)
+        self.config = config
         self.progress = progress
-        self._point, self._reference = point, reference
+        self.tokenizer = tokenizer
+        self.point, self.reference = point, reference
         self._pass = pass_type(
-            model, point, self.dictionary, loss, reference=reference, activations=settings.activations
+            model,
+            point,
+            self.dictionary,
+            loss,
+            reference=reference,
+            activations=config.activations,
+            attention_sinks=config.attention_sinks,
         )
-        self._context = context_length(model)
+        self.context = context_length(model)
         self._header = self._describe(point.path, reference)
 
-    def over(self, dataset: Source, check: RowCheck, output_dir: str | Path | None) -> Audit:
-        """Audit every row."""
+    def is_finished(self, output_dir: str | Path | None) -> bool:
+        """Whether the directory holds an audit that only has to be read."""
+        directory = None if output_dir is None else Path(output_dir)
+        return (
+            directory is not None and (directory / MANIFEST).exists() and AuditStore.open(directory).finished
+        )
+
+    def good_rows(self, dataset: DatasetLike, check: RowCheck) -> np.ndarray:
+        """Numbers of the rows that are examples, as far as can be told without a tokenizer.
+
+        Raises:
+            AuditError: a row that is none, if the audit is to stop at one.
+        """
+        good = []
+        for rows in chunks(dataset, self.config.part_size):
+            problems = [check(row) for row in rows]
+            self._stop_at([(row.index, reason) for row, reason in zip(rows, problems, strict=True) if reason])
+            good += [row.index for row, reason in zip(rows, problems, strict=True) if not reason]
+        return np.array(good, np.int64)
+
+    def tokenized(self, dataset: DatasetLike, wanted: Container[int]) -> Iterator[list[TokenizedExample]]:
+        """The examples of those rows of the dataset that fit the model's context, a part at a time."""
+        for rows in chunks(dataset, self.config.part_size):
+            columns = [
+                (row.index, row.columns) for row in rows if row.columns is not None and row.index in wanted
+            ]
+            examples = self.loss.tokenize(columns)
+            too_long = self._beyond_context(examples)
+            self._stop_at(too_long)
+            out = {index for index, _ in too_long}
+            yield [example for example in examples if example.row not in out]
+
+    def over(
+        self,
+        dataset: DatasetLike,
+        check: RowCheck,
+        output_dir: str | Path | None,
+        step: Step | None = None,
+    ) -> Audit:
+        """Audit every row.
+
+        Args:
+            dataset: the rows.
+            check: says what is wrong with one.
+            output_dir: where the audit is written.
+            step: differentiates some of the examples as far as the parameters, so that they need no pass of their own.
+        """
         state = PartialState()
         temporary = output_dir is None
         if temporary and state.num_processes > 1:
             raise AuditError("An audit by several processes needs an output_dir that they share; pass one.")
-        directory = Path(tempfile.mkdtemp(prefix="sae-audit-") if output_dir is None else output_dir)
+        directory = Path(
+            tempfile.mkdtemp(prefix="sae-audit-") if output_dir is None else output_dir
+        ).absolute()
         try:
             if state.is_main_process:
-                store = AuditStore.create(directory, self._header, self.dictionary)
+                store = AuditStore.create(directory, self._header, self.dictionary, self.config.options)
             state.wait_for_everyone()
             store = AuditStore.open(directory)
             if not store.finished:
-                self._write_parts(store, dataset, check, state)
+                self._write_parts(store, dataset, check, state, step)
             else:
                 self._check_same_rows(store, dataset)
+            if state.is_main_process and self.config.activations and not store.has(DATA):
+                gather_contexts(store, self.tokenizer)
             state.wait_for_everyone()
             audit = Audit(AuditStore.open(directory))
         except BaseException:
@@ -109,79 +179,19 @@ class AuditRun:
         _warn(audit)
         return audit
 
-    def look_ahead(
+    def _write_parts(
         self,
-        audit: Audit,
-        dataset: Source,
-        probe: Source,
-        rule: UpdateRule,
-        sampling: Sampling | None,
-        rehearsed: tuple[float, int | None] | None,
-        tokenizer: PreTrainedTokenizerBase,
+        store: AuditStore,
+        dataset: DatasetLike,
+        check: RowCheck,
+        state: PartialState,
+        step: Step | None,
     ) -> None:
-        """Add a lookahead to the finished audit of `dataset`; see `audit_preferences`. `rehearsed` are the steps and parts of a
-        rehearsal."""
-        rows = list(iterate_rows(probe))
-        check = PairCheck()
-        for row in rows:
-            problem = check(row)
-            if problem:
-                raise AuditError(f"Row {row.index} of the lookahead's probe {problem}; correct or remove it.")
-        if sampling is not None:
-            _check_sampling(sampling, rows)
-        held_out = self.loss.tokenize([(row.index, row.columns) for row in rows if row.columns is not None])
-        description = rule.describe() | {
-            "probe_sha256": hashlib.sha256(_digests(rows).tobytes()).hexdigest(),
-            "sampling": None if sampling is None else asdict(sampling),
-            "predictions": list(PREDICTIONS),
-        }
-        lookahead = Lookahead(
-            self.model,
-            self._point,
-            self.dictionary,
-            self.loss,
-            rule,
-            lambda: self._audited_batches(audit, dataset),
-            lambda: batched(held_out, self.settings.batch_size),
-            reference=self._reference,
-        )
-        rehearsal = None if rehearsed is None else Rehearsal(lookahead, *rehearsed)
-        description["rehearsal"] = None if rehearsal is None else [rehearsal.steps, rehearsal.parts]
-        audit.look_ahead(
-            lookahead,
-            description,
-            rehearsal,
-            None if sampling is None else lambda: self._sampled(rows, sampling, tokenizer),
-        )
-
-    def _sampled(
-        self, rows: Sequence[Row], sampling: Sampling, tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[Mapping[str, Tensor]]:
-        """Answers of the model itself at the prompts of some rows, in batches."""
-        prompts = [answer_ids(tokenizer, (row.columns or {})["prompt"], "")[0] for row in rows]
-        size = self.settings.batch_size
-        return sampled_batches(
-            self.model,
-            tokenizer,
-            prompts,
-            sampling,
-            together=_SAMPLED_TOGETHER * size,
-            batch_size=size,
-            progress=self.progress,
-        )
-
-    def _audited_batches(self, audit: Audit, dataset: Source) -> Iterator[Sequence[TokenizedExample]]:
-        audited = set(audit.rows().tolist())
-        for rows in _chunks(dataset, self.settings.part_size):
-            good = [
-                (row.index, row.columns) for row in rows if row.columns is not None and row.index in audited
-            ]
-            yield from batched(self.loss.tokenize(good), self.settings.batch_size)
-
-    def _write_parts(self, store: AuditStore, dataset: Source, check: RowCheck, state: PartialState) -> None:
         there = store.existing_parts()
         state.wait_for_everyone()
-        number = -1
+        size = self.config.part_size
+        scored = {} if step is None else step(self._pass, lambda row: row // size not in there)
+        number, read = -1, 0
         bar = tqdm(
             desc="Auditing",
             unit=" rows",
@@ -189,19 +199,33 @@ class AuditRun:
             total=_size(dataset),
         )
         with bar:
-            for number, rows in enumerate(_chunks(dataset, self.settings.part_size)):
+            for number, rows in enumerate(chunks(dataset, self.config.part_size)):
                 problems = [check(row) for row in rows]
                 if number in there:
                     _check_digests(store, store.digests(number), rows)
                 else:
-                    self._write_part(store, number, rows, problems, state)
-                bar.update(len(rows))
+                    self._write_part(store, number, rows, problems, state, scored, bar.update)
+                read += len(rows)
+                bar.update(read - bar.n)
+        if self._pass.sinks:
+            logger.info(
+                "%d tokens of answers are attention sinks (more than ten times the median norm) and left out of the activations; "
+                "attention_sinks=True counts them.",
+                self._pass.sinks,
+            )
         state.wait_for_everyone()
         if state.is_main_process:
             store.finish(number + 1, state.num_processes)
 
     def _write_part(
-        self, store: AuditStore, number: int, rows: list[Row], problems: list[str | None], state: PartialState
+        self,
+        store: AuditStore,
+        number: int,
+        rows: list[Row],
+        problems: list[str | None],
+        state: PartialState,
+        scored: dict[int, Scores],
+        advance: Callable[[int], object],
     ) -> None:
         """Every process tokenizes every part, since TRL's preparation waits for all; one of them runs the model."""
         aside = [(row.index, reason) for row, reason in zip(rows, problems, strict=True) if reason]
@@ -224,7 +248,7 @@ class AuditRun:
         self._stop_at(too_long)
         out = {index for index, _ in too_long}
         examples = [example for example in examples if example.row not in out]
-        arrays = self._pass.run(examples, self.settings.batch_size)
+        arrays = self._pass.run(examples, self.config.batch_size, scored, advance)
         broken = [
             (example.row, "has a loss or gradient that is not finite")
             for example, finite in zip(examples, arrays.finite, strict=True)
@@ -234,10 +258,12 @@ class AuditRun:
         if broken:
             out = {index for index, _ in broken}
             examples = [example for example in examples if example.row not in out]
-            arrays = self._pass.run(examples, self.settings.batch_size)
+            arrays = self._pass.run(examples, self.config.batch_size, scored)
+        for example in examples:
+            scored.pop(example.row, None)
         part = Part(
             row=np.array([example.row for example in examples], np.int64),
-            digest=_digests(rows),
+            digest=digests(rows),
             set_aside=sorted([*aside, *dropped, *too_long, *broken]),
             arrays=arrays,
             notes=self._notes(good, examples),
@@ -245,7 +271,7 @@ class AuditRun:
         store.write_part(number, part)
 
     def _stop_at(self, bad: list[tuple[int, str]]) -> None:
-        if bad and self.settings.on_bad_row == "stop":
+        if bad and self.config.on_bad_row == "stop":
             index, reason = min(bad)
             raise AuditError(
                 f"Row {index} of the dataset (counted from 0) {reason}; correct or remove it, or pass "
@@ -253,16 +279,16 @@ class AuditRun:
             )
 
     def _beyond_context(self, examples: Sequence[TokenizedExample]) -> list[tuple[int, str]]:
-        if self._context is None:
+        if self.context is None:
             return []
         cut = self.loss.max_length
         return [
             (
                 example.row,
-                f"needs {size} tokens, but the model's context has {self._context}; set max_length below it",
+                f"needs {size} tokens, but the model's context has {self.context}; set max_length below it",
             )
             for example in examples
-            if (size := min(example.size, cut or example.size)) > self._context
+            if (size := min(example.size, cut or example.size)) > self.context
         ]
 
     def _notes(
@@ -276,9 +302,9 @@ class AuditRun:
             else 0,
         }
 
-    def _check_same_rows(self, store: AuditStore, dataset: Source) -> None:
+    def _check_same_rows(self, store: AuditStore, dataset: DatasetLike) -> None:
         number, rows = -1, 0
-        for number, chunk in enumerate(_chunks(dataset, self.settings.part_size)):
+        for number, chunk in enumerate(chunks(dataset, self.config.part_size)):
             if number >= store.manifest["parts"]:
                 raise _other_data(store, rows)
             _check_digests(store, store.digests(number), chunk)
@@ -287,35 +313,26 @@ class AuditRun:
             raise _other_data(store, rows)
 
     def _describe(self, module: str, reference: nn.Module | None) -> dict[str, Any]:
-        settings = self.settings
+        config = self.config
         return {
             "loss": self.loss.describe() | {"sides": list(self.loss.sides)},
-            "dictionary": dictionary_header(self.dictionary),
+            "dictionary": asdict(self.dictionary.info),
             "module": module,
             "model": model_name(self.model),
             "model_fingerprint": fingerprint(self.model),
             "reference_fingerprint": None if reference is None else fingerprint(reference),
             "settings": {
-                "part_size": settings.part_size,
-                "activations": settings.activations,
-                "on_bad_row": settings.on_bad_row,
-                "seed": settings.seed,
+                "part_size": config.part_size,
+                "activations": config.activations,
+                "on_bad_row": config.on_bad_row,
+                "seed": config.seed,
             },
-            "versions": {name: version(name) for name in ("trl-sae-audit", "trl", "transformers", "torch")},
         }
 
 
-def _check_sampling(sampling: Sampling, probe: Sequence[Row]) -> None:
-    if sampling.temperature != 1:
-        raise AuditError(
-            f"The temperature is {sampling.temperature}; a lookahead to sampled answers needs them sampled at temperature 1."
-        )
-    for row in probe:
-        if not (row.columns or {}).get("prompt"):
-            raise AuditError(
-                f"Row {row.index} of the lookahead's probe has no 'prompt' to sample answers at; add prompts, or leave "
-                "sampling= out."
-            )
+def _entries(dictionary: FeatureDictionary, loss: Loss) -> int:
+    """Figures of an example that the audit would keep although they are sums already."""
+    return 0 if dictionary.encoder is not None else dictionary.d_sae * loss.rows_per_example
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -337,28 +354,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def batched(examples: Sequence[TokenizedExample], size: int) -> Iterator[Sequence[TokenizedExample]]:
-    """`examples` in their order, `size` at a time."""
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
-
-
-def _chunks(dataset: Source, size: int) -> Iterator[list[Row]]:
-    rows = iterate_rows(dataset)
-    while chunk := list(islice(rows, size)):
-        yield chunk
-
-
-def _size(dataset: Source) -> int | None:
-    return None if isinstance(dataset, (str, Path)) or not hasattr(dataset, "__len__") else len(dataset)
-
-
-def _digests(rows: Sequence[Row]) -> np.ndarray:
-    return np.frombuffer(b"".join(row_digest(row) for row in rows), np.uint8).reshape(-1, 32)
+def _size(dataset: DatasetLike) -> int | None:
+    rows = only_split(dataset)
+    return len(rows) if isinstance(rows, Sized) and not isinstance(rows, (str, Path)) else None
 
 
 def _check_digests(store: AuditStore, stored: np.ndarray, rows: Sequence[Row]) -> None:
-    found = _digests(rows)
+    found = digests(rows)
     same = len(found) == len(stored) and (found == stored).all(1)
     if not np.all(same):
         first = int(np.argmin(same)) if np.ndim(same) else min(len(found), len(stored))
@@ -374,7 +376,8 @@ def _other_data(store: AuditStore, row: int) -> AuditError:
 
 def _warn(audit: Audit) -> None:
     notes, n = audit.manifest["notes"], audit.manifest["rows"]
-    if notes["duplicates"]:
+    sampled = audit.manifest["loss"].get("answers_sampled")  # the same answer may come twice
+    if notes["duplicates"] and not sampled:
         logger.warning(
             "%d of %d rows are exact duplicates of others: they count double here and in training, and p-values take "
             "them for independent; deduplicate the data.",

@@ -1,0 +1,1 @@
+"""Lookahead: what an optimizer step on the audited data would do to the features."""
