@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
-from .errors import AuditError
-from .flags import Flag
-from .preference_fit import explain_preferences
+from ..errors import AuditError
+from ..flags import Flag
+from ..statistics import explain_preferences
 
 if TYPE_CHECKING:
-    from .audit_result import Audit
+    from ..audit.result import Audit
 
-SCORES = ("attribution", "activation_attribution", "influence", "activation", "max_activation")
-WEIGHTS = ("flags", "fit")
+ScoreName = Literal["max_activation", "activation", "attribution", "activation_attribution", "influence"]
+Weighting = Literal["fit", "flags"]
+SCORES, WEIGHTS = get_args(ScoreName), get_args(Weighting)
 
 
 def example_scores(
-    audit: Audit, flags: Sequence[Flag], score: str | Mapping[str, float], weights: str = "flags"
+    audit: Audit,
+    flags: Sequence[Flag],
+    score: ScoreName | Mapping[str, float],
+    weights: Weighting,
 ) -> np.ndarray:
     """How much each audited example does what the flags object to [n].
 
@@ -43,7 +47,7 @@ def example_scores(
         raise AuditError(f"weights is {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     total = np.zeros(len(audit))
     for name, share in mix.items():
-        values = _signed_values(audit, name, flags)
+        values = _directed_values(audit, name, flags)
         if weights == "fit":
             factors = explain_preferences(torch.from_numpy(values)).numpy()
         else:
@@ -55,8 +59,8 @@ def example_scores(
     return total
 
 
-def _signed_values(audit: Audit, name: str, flags: Sequence[Flag]) -> np.ndarray:
-    """Of each example and flag [n, k], positive = what the flag objects to."""
+def _directed_values(audit: Audit, name: str, flags: Sequence[Flag]) -> np.ndarray:
+    """Of each example and flag [n, k], positive = what the flag objects to: of one in both directions what the data do on average."""
     readers: dict[str, Callable[[Sequence[int]], np.ndarray]] = {
         "attribution": audit.contributions,
         "activation_attribution": audit.activation_contributions,
@@ -69,4 +73,8 @@ def _signed_values(audit: Audit, name: str, flags: Sequence[Flag]) -> np.ndarray
             f"score is {name!r}; choose among {', '.join(SCORES)}, or give a mix as {{name: weight}}."
         )
     values = readers[name]([flag.feature for flag in flags]).astype(np.float64)
-    return np.stack([flag.signed(values[:, column]) for column, flag in enumerate(flags)], axis=1)
+    signs = [
+        (np.sign(values[:, column].mean()) or 1.0) if flag.direction == "both" else flag.signed(np.ones(1))[0]
+        for column, flag in enumerate(flags)
+    ]
+    return values * signs

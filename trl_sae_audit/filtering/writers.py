@@ -7,41 +7,42 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from datasets import Dataset
 
-from .errors import AuditError
-from .preferences import Row, Source
+from ..data.opener import DatasetLike, Row, only_split, reader_of
+from ..errors import AuditError
 
-FORMATS = ("jsonl", "parquet", "dataset")
+Format = Literal["jsonl", "parquet", "dataset"]
 
 
 class Writer(Protocol):
-    """Writes rows under a name without ending, and returns the name with it.
+    """Writes rows under a name without ending. `whole` writers take a Dataset, the others rows one at a time."""
 
-    `whole` writers take a Dataset, the others rows one at a time.
-    """
-
+    format: Format
+    ending: str
     whole: bool
 
-    def write(self, path: Path, rows: Any) -> str: ...
+    def write(self, path: Path, rows: Any) -> None: ...
 
 
 class JsonLines:
     """A line a row; a line that was not changed is written as it was read."""
 
+    format: Format = "jsonl"
+    ending = ".jsonl"
     whole = False
 
-    def write(self, path: Path, rows: Iterable[Row]) -> str:
-        target = path.with_name(path.name + ".jsonl")
-        with target.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    def write(self, path: Path, rows: Iterable[Row]) -> None:
+        with path.with_name(path.name + ".jsonl").open(
+            "w", encoding="utf-8", errors="surrogateescape", newline="\n"
+        ) as file:
             for row in rows:
                 text = row.text if row.text is not None else _as_line(row.columns)
                 file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        return target.name
 
 
 def _as_line(columns: Any) -> str:
@@ -56,47 +57,51 @@ def _as_line(columns: Any) -> str:
 class Parquet:
     """One Parquet file with the dataset's own schema."""
 
+    format: Format = "parquet"
+    ending = ".parquet"
     whole = True
 
-    def write(self, path: Path, rows: Dataset) -> str:
-        target = path.with_name(path.name + ".parquet")
-        rows.to_parquet(target)
-        return target.name
+    def write(self, path: Path, rows: Dataset) -> None:
+        rows.to_parquet(path.with_name(path.name + ".parquet"))
 
 
-class OnDisk:
+class SavedDataset:
     """A directory made by `save_to_disk`, whose fingerprint depends on the rows alone."""
 
+    format: Format = "dataset"
+    ending = ""
     whole = True
 
-    def write(self, path: Path, rows: Dataset) -> str:
+    def write(self, path: Path, rows: Dataset) -> None:
         digest = hashlib.sha256(repr(rows.features).encode())
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         flat = rows.select(range(len(rows)), new_fingerprint=digest.hexdigest()[:16])
         flat.save_to_disk(path)
-        return path.name
 
 
-def writer_for(source: Source, format: str | None) -> Writer:
+_WRITERS: dict[Format, Writer] = {
+    writer.format: writer for writer in (JsonLines(), Parquet(), SavedDataset())
+}
+
+
+def writer_for(source: DatasetLike, format: Format | None) -> Writer:
     """The writer of a format, or of the one the source came in.
 
     Raises:
         AuditError: an unknown format, or one that needs a schema where there is none.
     """
     format = format or _own_format(source)
-    if format not in FORMATS:
-        raise AuditError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
+    if format not in _WRITERS:
+        raise AuditError(f"format is {format!r}; choose one of {', '.join(_WRITERS)}.")
     if format != "jsonl" and _own_format(source) == "jsonl":
         raise AuditError(
             f"format {format!r} needs a dataset with a schema; load the rows as a datasets.Dataset first, or write jsonl."
         )
-    writers: dict[str, Writer] = {"jsonl": JsonLines(), "parquet": Parquet(), "dataset": OnDisk()}
-    return writers[format]
+    return _WRITERS[format]
 
 
-def _own_format(source: Source) -> str:
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        return "dataset" if path.is_dir() else "parquet" if path.suffix == ".parquet" else "jsonl"
-    return "dataset" if isinstance(source, Dataset) else "jsonl"
+def _own_format(source: DatasetLike) -> Format:
+    if isinstance(source, (str, Path)) and Path(source).is_file():
+        return "parquet" if reader_of(source) == "parquet" else "jsonl"
+    return "dataset" if isinstance(only_split(source), (Dataset, str, Path)) else "jsonl"

@@ -1,0 +1,1 @@
+"""Preference data filtered by flagged features."""
