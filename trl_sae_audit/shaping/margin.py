@@ -12,12 +12,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import AuditError
-from .flags import Flag, FlagSet
+from ..errors import AuditError
+from ..flags import Flag, FlagSet
+from ..models.tokenizers import Processing, inner_tokenizer
+from ..statistics import explain_preferences
 from .penalties import FixedPenalty, Penalty
-from .preference_fit import explain_preferences
 from .scorer import FeatureScorer
-from .shaping import Shaper
+from .shaper import Shaper
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def shape_preference_margin(
     penalty: FixedPenalty | float | None = None,
     *,
     beta: float,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processing | None = None,
 ) -> Dataset:
     """A preference set from which DPO learns the reward less a penalty on flagged features.
 
@@ -81,15 +82,15 @@ def shape_preference_margin(
     shaper = Shaper(scorer, flags, penalty)
     for side in _SIDES:
         column = f"ref_{side}_logps"
-        off = shaper.penalty(_scores(shaper, scorer, dataset, side, tokenizer))
+        penalties = shaper.penalty(_scores(shaper, scorer, dataset, side, tokenizer))
         logps = torch.tensor(dataset[column][:], dtype=torch.float64)
         if not bool(logps.isfinite().all()):
             raise AuditError(
                 f"Column {column!r} has values that are not finite; let the trainer precompute it again."
             )
         dataset = dataset.remove_columns(column)
-        dataset = dataset.add_column(column, (logps - off / beta).tolist())
-        dataset = dataset.add_column(_SHIFT.format(side), off.tolist())
+        dataset = dataset.add_column(column, (logps - penalties / beta).tolist())
+        dataset = dataset.add_column(_SHIFT.format(side), penalties.tolist())
     return dataset
 
 
@@ -98,7 +99,7 @@ def fit_flag_weights(
     scorer: FeatureScorer,
     flags: Iterable[Flag],
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processing | None = None,
 ) -> FlagSet:
     """The weights with which flagged features explain the preferences best: the penalty that leaves nothing to learn.
 
@@ -110,7 +111,7 @@ def fit_flag_weights(
     slope along any flagged gap, and where the features are all that the preferences are about, a policy that learned
     nothing is the optimum. A λ below it leaves some of the behaviour to be learned, one above it teaches the opposite.
     The last term is a weak prior, which matters only where a feature decides nearly every pair. λ is a log-odds for each
-    unit of score; a feature that the preferences are against, or that others stand in for, gets 0. What the gaps have in
+    unit of score; a feature that the preferences are against, or that others explain as well, gets 0. What the gaps have in
     common with quality is explained away with them.
 
     Args:
@@ -139,14 +140,15 @@ def _scores(
     scorer: FeatureScorer,
     dataset: Dataset,
     side: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processing | None,
 ) -> Tensor:
     """Signed scores [rows, flags]: of the trainer's own tokens where the scorer has the same, else of the texts."""
     if f"{side}_ids" in dataset.column_names:
         prompts, answers = dataset["prompt_ids"][:], dataset[f"{side}_ids"][:]
-        if tokenizer is None or tokenizer.get_vocab() == scorer.tokenizer.get_vocab():
+        reader = scorer.tokenizer if tokenizer is None else inner_tokenizer(tokenizer)
+        if reader.get_vocab() == scorer.tokenizer.get_vocab():
             return shaper.score_ids(prompts, answers)
-        return shaper.score(_decode(tokenizer, prompts), _decode(tokenizer, answers))
+        return shaper.score(_decode(reader, prompts), _decode(reader, answers))
     return shaper.score(dataset["prompt"][:], dataset[side][:])
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from .errors import AuditError
-from .flags import Flag
-from .penalties import Penalty, finite
-from .presence import BIN_CENTRES, Presence, histogram
+from ..errors import AuditError
+from ..flags import Flag
+from .penalties import Penalty, finite_array
+from .soft_threshold import BIN_CENTRES, SoftThreshold, histogram
 
 _PRIOR = 16.0
 """Responses' worth of belief that scores are uncorrelated, of unit variance and unpaid: what few responses show is mostly
@@ -27,7 +28,7 @@ class AdaptivePenalty(Penalty):
     """Makes the shaped reward push each flagged behaviour to its target, whatever the reward pays for it.
 
     Flags with the same label are one behaviour: a dictionary often has several features for it, and a policy that is kept from
-    one wording takes another. Its **presence** in a response is read from all of them, by a ramp between the two kinds of
+    one wording takes another. Its **degree** in a response, 0 to 1, is read from all of them, by a soft threshold between the two kinds of
     responses that the reference gives, those that show it and those that do not:
 
         S_b = Σ_f w_f·s_f / Σ_f w_f            over the behaviour's flags
@@ -62,7 +63,7 @@ class AdaptivePenalty(Penalty):
     first step is.
 
     Args:
-        target: τ, in the reference's standard deviations of presence. "reference" is 0, the reference's own level; or a
+        target: τ, in the reference's standard deviations of the degree. "reference" is 0, the reference's own level; or a
             number; or label → number.
         proportional: the pull back, per unit of x above the target, in units of the reward's spread.
         integral: how much a batch that is one unit off moves I.
@@ -72,12 +73,12 @@ class AdaptivePenalty(Penalty):
         decay: of the running spread, per batch.
 
     Raises:
-        AuditError: for a value that cannot be meant.
+        AuditError: for an invalid value.
     """
 
     def __init__(
         self,
-        target: str | float | Mapping[str, float] = "reference",
+        target: Literal["reference"] | float | Mapping[str, float] = "reference",
         *,
         proportional: float = 2.0,
         integral: float = 0.05,
@@ -87,8 +88,13 @@ class AdaptivePenalty(Penalty):
         decay: float = 0.99,
     ) -> None:
         super().__init__(decay)
-        if isinstance(target, str) and target != "reference":
-            raise AuditError(f"The target is {target!r}; give 'reference', a number, or label → number.")
+        targets = (
+            target.values() if isinstance(target, Mapping) else [0.0 if target == "reference" else target]
+        )
+        if not all(isinstance(each, numbers.Real) and math.isfinite(each) for each in targets):
+            raise AuditError(
+                f"The target is {target!r}; give 'reference', a finite number, or label → number."
+            )
         for name, value in (("maximum", maximum), ("memory", memory), ("error_clip", error_clip)):
             if not 0 < value < math.inf:
                 raise AuditError(f"{name} is {value}; it must be a finite number above 0.")
@@ -102,7 +108,7 @@ class AdaptivePenalty(Penalty):
         self.memory = memory
         self.error_clip = error_clip
         self.behaviours: list[str] = []
-        self.presence: Presence | None = None
+        self.threshold: SoftThreshold | None = None
         self._mixing = np.zeros((0, 0))
         self._priorities = np.zeros(0)
         self._targets = np.zeros(0)
@@ -139,14 +145,14 @@ class AdaptivePenalty(Penalty):
 
     def coefficients(self) -> list[float]:
         """What one score unit of each flag costs in units of the reward, between `low` and `high`."""
-        if self.presence is None:
+        if self.threshold is None:
             return [0.0] * len(self._mixing)
-        return (self._mixing @ (self._lambdas * self.spread * self.presence.slope)).tolist()
+        return (self._mixing @ (self._lambdas * self.spread * self.threshold.slope)).tolist()
 
     def __call__(self, scores: Tensor) -> Tensor:
-        if self.presence is None:
+        if self.threshold is None:
             return torch.zeros(len(scores), dtype=torch.float64)
-        x = self.presence(scores.double().numpy() @ self._mixing)
+        x = self.threshold(scores.double().numpy() @ self._mixing)
         return torch.from_numpy((x - self._targets) @ (self._lambdas * self.spread))
 
     def settings(self) -> dict[str, Any]:
@@ -156,7 +162,7 @@ class AdaptivePenalty(Penalty):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            "presence": None if self.presence is None else self.presence.state(),
+            "threshold": None if self.threshold is None else self.threshold.state(),
             "lambdas": self._lambdas.tolist(),
             "offset": self._offset.tolist(),
             "seen": self._seen,
@@ -167,39 +173,39 @@ class AdaptivePenalty(Penalty):
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
         k = len(state["lambdas"])
-        presence = state["presence"]
-        if presence is not None:
-            if not isinstance(presence, Mapping):
-                raise TypeError(f"its presence is {presence!r}")
-            presence = Presence(**{name: finite(values, k) for name, values in presence.items()})
-            if not ((presence.high > presence.low).all() and (presence.deviation > 0).all()):
-                raise ValueError("a presence has no width")
-        self.presence = presence
-        self._lambdas, self._offset = finite(state["lambdas"], k), finite(state["offset"], k)
-        self._seen = float(finite(state["seen"]))
-        self._variance, self._paid = finite(state["variance"], k, k), finite(state["paid"], k)
+        threshold = state["threshold"]
+        if threshold is not None:
+            if not isinstance(threshold, Mapping):
+                raise TypeError(f"its threshold is {threshold!r}")
+            threshold = SoftThreshold(**{name: finite_array(values, k) for name, values in threshold.items()})
+            if not ((threshold.high > threshold.low).all() and (threshold.deviation > 0).all()):
+                raise ValueError("a soft threshold has no width")
+        self.threshold = threshold
+        self._lambdas, self._offset = finite_array(state["lambdas"], k), finite_array(state["offset"], k)
+        self._seen = float(finite_array(state["seen"]))
+        self._variance, self._paid = finite_array(state["variance"], k, k), finite_array(state["paid"], k)
 
-    def _shown(self, scores: Tensor, rewards: Tensor) -> list[float]:
+    def _batch_sums(self, scores: Tensor, rewards: Tensor) -> list[float]:
         mixed, values = scores.numpy() @ self._mixing, rewards.numpy()
-        if self.presence is None:
+        if self.threshold is None:
             return np.concatenate([histogram(mixed), histogram(mixed, values)]).ravel().tolist()
-        x = self.presence(mixed)
+        x = self.threshold(mixed)
         return np.concatenate([x.sum(0), x.T @ values, (x.T @ x).ravel()]).tolist()
 
-    def _move(self, count: float, mean_reward: float, shown: list[float]) -> None:
+    def _update(self, count: float, mean_reward: float, sums: list[float]) -> None:
         k = len(self.behaviours)
         if k == 0:
             return
-        if self.presence is None:
-            counts, rewards = np.array(shown).reshape(2, k, -1)
-            self.presence = Presence.of_reference(counts)
-            x = self.presence(BIN_CENTRES[:, None].repeat(k, 1)).T
+        if self.threshold is None:
+            counts, rewards = np.array(sums).reshape(2, k, -1)
+            self.threshold = SoftThreshold.from_reference(counts)
+            x = self.threshold(BIN_CENTRES[:, None].repeat(k, 1)).T
             mean, paid = (counts * x).sum(1) / count, (rewards * x).sum(1)
             # what histograms do not tell is taken for none: covariances between behaviours
             variance = np.diag((counts * x**2).sum(1) - count * mean**2)
         else:
-            mean, paid = np.array(shown[:k]) / count, np.array(shown[k : 2 * k])
-            variance = np.reshape(shown[2 * k :], (k, k)) - count * np.outer(mean, mean)
+            mean, paid = np.array(sums[:k]) / count, np.array(sums[k : 2 * k])
+            variance = np.reshape(sums[2 * k :], (k, k)) - count * np.outer(mean, mean)
         kept = math.exp(-count / self.memory)
         self._seen = kept * self._seen + count
         self._paid = kept * self._paid + paid - count * mean * mean_reward

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from .errors import AuditError
-from .flags import FlagSet
+from ..errors import AuditError
+from ..flags import FlagSet
+from ..io.manifest import MANIFEST, check_free, read_manifest, reading, write_manifest
 from .penalties import Penalty
-from .record_files import write_durably
 from .scorer import FeatureScorer
-from .shaping import Shaper, penalty_from_settings
-from .untrusted import read_json
+from .shaper import Shaper, penalty_from_settings
 
-VERSION = 1
-_SHAPING, _FLAGS, _CALIBRATION, _REWARD = (
-    "shaping.json",
-    "flags.yaml",
-    "calibration.safetensors",
-    "reward_model",
-)
+_FLAGS, _CALIBRATION, _REWARD = "flags.yaml", "calibration.safetensors", "reward_model"
 
 
 def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -> None:
@@ -46,33 +38,29 @@ def save_shaped(directory: Path, name: str, reward_model: Any, shaper: Shaper) -
             f"Reward model {name!r} has PEFT adapters, which cannot be read back without their base model; pass "
             "ShapedRewardModel the merged model, reward_model.merge_and_unload()."
         )
+    if (directory / MANIFEST).exists():
+        check_free(directory, "shaped_reward")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _SHAPING).unlink(
-            missing_ok=True
-        )  # written last: where it is, the rest is, of one saving
+        (directory / MANIFEST).unlink(missing_ok=True)  # written last: where it is, all is of one saving
         if reward_model is not None:
             reward_model.save_pretrained(directory / _REWARD)
         shaper.flags.save(directory / _FLAGS)
         if shaper.scorer is not None and shaper.scorer.calibrated:
             shaper.scorer.save(directory / _CALIBRATION)
-        write_shaping(directory / _SHAPING, name, shaper.penalty)
+        write_shaping(directory, name, shaper.penalty)
     except (OSError, SafetensorError) as error:
         raise AuditError(
             f"The shaped reward cannot be written to {directory} ({error}); make room or choose another directory."
         ) from error
 
 
-def write_shaping(path: Path, name: str, penalty: Penalty) -> None:
+def write_shaping(directory: Path, name: str, penalty: Penalty) -> None:
     """The name of the reward, and the penalty with all that moves."""
-    content = {
-        "version": VERSION,
-        "reward": name,
-        "kind": type(penalty).__name__,
-        "settings": penalty.settings(),
-        "state": penalty.state_dict(),
-    }
-    write_durably(path, json.dumps(content, indent=2).encode())
+    config = {"penalty": type(penalty).__name__, "settings": penalty.settings()}
+    write_manifest(
+        directory, "shaped_reward", {"reward": name, "config": config, "state": penalty.state_dict()}
+    )
 
 
 def load_shaped(
@@ -81,9 +69,9 @@ def load_shaped(
     """Reward, flags and penalty; the scorer takes over the calibration that was saved.
 
     Raises:
-        AuditError: incomplete, damaged, or of another version or dictionary.
+        AuditError: incomplete, damaged, or of another format or dictionary.
     """
-    name, penalty = read_shaping(directory / _SHAPING)
+    name, penalty = read_shaping(directory)
     if reward is None:
         if not (directory / _REWARD).is_dir():
             raise AuditError(
@@ -111,30 +99,14 @@ def load_shaped(
     return reward, FlagSet.load(directory / _FLAGS), penalty
 
 
-def read_shaping(path: Path) -> tuple[str, Penalty]:
+def read_shaping(directory: Path) -> tuple[str, Penalty]:
     """What `write_shaping` wrote: the name of the reward, and the penalty.
 
     Raises:
-        AuditError: missing, damaged, or of another version.
+        AuditError: missing, damaged, or of another format.
     """
-    try:
-        content = read_json(path)
-        version = content["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AuditError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); give a directory written by save_pretrained."
-        ) from error
-    if version != VERSION:
-        raise AuditError(
-            f"{path} has version {version!r}, and this version of trl-sae-audit reads {VERSION}."
-        )
-    try:
-        penalty = penalty_from_settings(content["kind"], content["settings"])
+    content = read_manifest(directory, "shaped_reward")
+    with reading(directory / MANIFEST):
+        penalty = penalty_from_settings(content["config"]["penalty"], content["config"]["settings"])
         penalty.load_state_dict(content["state"])
         return str(content["reward"]), penalty
-    except AuditError:
-        raise
-    except (KeyError, TypeError) as error:
-        raise AuditError(
-            f"{path} does not describe a penalty ({type(error).__name__}: {error}); restore it from a copy."
-        ) from error

@@ -1,9 +1,9 @@
-"""A reward model with a penalty on flagged features taken off it, for trainers that want an `nn.Module`."""
+"""A reward model less a penalty on flagged features, for trainers that want an `nn.Module`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import AuditError
-from .flags import Flag, FlagSet
-from .log_once import NextLog
+from ..errors import AuditError
+from ..flags import Flag, FlagSet
+from ..models.event_loop import wait_for
+from ..models.hook_points import layer_output
+from ..models.reward_models import check_reward_model, model_as_function, strip_adapters
+from ..models.reward_values import check_rewards
+from ..models.rewards import reward_name
+from ..models.tokenizers import Processing, text_tokenizer
+from ..trainers.logs import DeferredMetrics
+from ..trainers.response_tokens import response_tokens, split_rows, until_padding
+from ..trainers.rollout import text_rollout, token_rollout
+from .files import load_shaped, save_shaped
 from .penalties import Penalty
-from .response_tokens import response_tokens, split_rows, until_padding
-from .reward_models import awaited, check_reward_model, model_as_function, name_of, without_adapters
-from .rollout import text_rollout, token_rollout
 from .scorer import FeatureScorer
-from .shaped_reward_files import load_shaped, save_shaped
-from .shaping import Shaper, checked_rewards
+from .shaper import Shaper
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class ShapedRewardModel(nn.Module):
     """`r' = r − penalty`, for PPOTrainer's `reward_model`, and for `reward_funcs` that are modules.
 
     PPO never calls `forward`: it calls the backbone, takes the last hidden state, has `score` make [rows, tokens, 1] of
-    it and reads that at the last token of the response. Here the backbone does all of it and takes the penalty off at
+    it and reads that at the last token of the response. Here the backbone does all of it and subtracts the penalty at
     every token, and `score` hands it through, so whichever token is read, the reward is the inner one minus the penalty.
     Where the response begins, which PPO does not say, is read from its call (see rollout.py).
 
@@ -90,8 +95,8 @@ class ShapedRewardModel(nn.Module):
         flags: Iterable[Flag] = (),
         penalty: Penalty | float | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Processing | None = None,
+        reward_tokenizer: Processing | None = None,
     ) -> None:
         super().__init__()
         flags = FlagSet(flags)
@@ -101,15 +106,16 @@ class ShapedRewardModel(nn.Module):
             )
         if not callable(reward):
             raise AuditError(f"The reward is a {type(reward).__name__}; pass a reward model or a function.")
-        classifier = without_adapters(reward)
-        self.name = name_of(classifier)
+        classifier = strip_adapters(reward)
+        self.name = reward_name(classifier)
         self.shaper = Shaper(scorer, flags, 0.0 if penalty is None else penalty)
-        self.tokenizer = tokenizer if tokenizer is not None or scorer is None else scorer.tokenizer
-        self.reward_tokenizer = reward_tokenizer
+        own = None if scorer is None else scorer.tokenizer
+        self.tokenizer = own if tokenizer is None else text_tokenizer(tokenizer)
+        self.reward_tokenizer = None if reward_tokenizer is None else text_tokenizer(reward_tokenizer)
         self.inner: nn.Module | None = None
         self.config = PretrainedConfig(name_or_path=self.name)
         if isinstance(reward, nn.Module):
-            check_reward_model(classifier, reward_tokenizer or self.tokenizer)
+            check_reward_model(classifier, self.reward_tokenizer or self.tokenizer)
             self.inner = reward
             if isinstance(classifier, PreTrainedModel):
                 self.config = classifier.config
@@ -117,9 +123,9 @@ class ShapedRewardModel(nn.Module):
             raise AuditError(
                 f"The reward is the function {self.name!r}, which reads text; pass the policy's tokenizer as tokenizer=."
             )
-        self._of_texts = None if isinstance(reward, nn.Module) else reward
+        self._function = None if isinstance(reward, nn.Module) else reward
         self._same_tokens = scorer is None or _same_vocabulary(self.tokenizer, scorer.tokenizer)
-        self._next_log = NextLog()
+        self._deferred = DeferredMetrics()
         self.eval()
 
     def train(self, mode: bool = True) -> ShapedRewardModel:
@@ -146,18 +152,18 @@ class ShapedRewardModel(nn.Module):
             logits = self._inner_logits(input_ids, attention_mask, position_ids, prompts, responses)
         rows = torch.arange(len(logits), device=logits.device)
         last = attended[:, rollout.context_length :].sum(1) - 1 + rollout.context_length
-        rewards = checked_rewards(logits[rows, last, 0].detach().float().cpu(), len(logits), self.name)
+        rewards = check_rewards(logits[rows, last, 0].detach().float().cpu(), len(logits), self.name)
         if captured and self._same_tokens:
-            counted = response_tokens(input_ids, attended, rollout.context_length, self._special())
-            scores = self._scores_of(captured[0], counted)
+            counted = response_tokens(input_ids, attended, rollout.context_length, self._special_ids())
+            scores = self._captured_scores(captured[0], counted)
         elif self._same_tokens:
             scores = self.shaper.score_ids(prompts, responses)
         else:
             scores = self.shaper.score(self._decode(prompts), self._decode(responses))
-        off = self.shaper.penalties(scores, rewards, learning=rollout.learning)
+        penalties = self.shaper.penalties(scores, rewards, learning=rollout.learning)
         if rollout.trainer is not None and rollout.learning:
-            self._next_log.add(rollout.trainer, self.shaper.metrics)
-        return RewardAtEveryToken((_subtract(logits, off[:, None, None]),))
+            self._deferred.add(rollout.trainer, self.shaper.metrics)
+        return RewardAtEveryToken((_subtract(logits, penalties[:, None, None]),))
 
     def score(self, hidden_state: Tensor) -> Tensor:
         """Hands the reward that `backbone` put in place of a hidden state through: [rows, tokens, 1]."""
@@ -178,22 +184,20 @@ class ShapedRewardModel(nn.Module):
             if self.inner is not None:
                 logits = self.inner(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
             else:
-                values = self._ask(rollout.prompts, rollout.completions, None, None)
+                values = self._inner_rewards(rollout.prompts, rollout.completions, rollout.keywords)
                 logits = torch.tensor(values, device=input_ids.device)[:, None]
-        rewards = checked_rewards(logits.detach().float().cpu(), len(input_ids), self.name)
+        rewards = check_rewards(logits.detach().float().cpu(), len(input_ids), self.name)
         counted = None
         if captured:
-            counted = self._as_the_scorer_reads(
-                input_ids, attention_mask, rollout.prompts, rollout.completions
-            )
+            counted = self._response_mask(input_ids, attention_mask, rollout.prompts, rollout.completions)
         if counted is not None:
-            scores = self._scores_of(captured[0], counted)
+            scores = self._captured_scores(captured[0], counted)
         else:
             scores = self.shaper.score(rollout.prompts, rollout.completions)
-        off = self.shaper.penalties(scores, rewards, learning=rollout.learning)
+        penalties = self.shaper.penalties(scores, rewards, learning=rollout.learning)
         if rollout.learning:
-            self._next_log.add(rollout.trainer, self.shaper.metrics)
-        return RewardOfRows(_subtract(logits, off[:, None]))
+            self._deferred.add(rollout.trainer, self.shaper.metrics)
+        return RewardOfRows(_subtract(logits, penalties[:, None]))
 
     # By hand
 
@@ -203,7 +207,7 @@ class ShapedRewardModel(nn.Module):
         Raises:
             AuditError: a reward model of which no tokenizer is known.
         """
-        return self._by_hand(prompts, responses, learning=False)
+        return self._shape_texts(prompts, responses, learning=False)
 
     def learn_from(self, prompts: Sequence[Any], responses: Sequence[Any]) -> None:
         """Let the penalty see what the reward pays for these responses, before training: it counts as a batch.
@@ -213,12 +217,16 @@ class ShapedRewardModel(nn.Module):
             responses: of the reference model, those the scorer was calibrated on say.
         """
         self.shaper.begin(None, learning=True)
-        self._by_hand(prompts, responses, learning=True)
+        self._shape_texts(prompts, responses, learning=True)
 
-    def _by_hand(self, prompts: Sequence[Any], responses: Sequence[Any], *, learning: bool) -> list[float]:
-        inner = self._ask(prompts, responses, None, self.reward_tokenizer or self.tokenizer)
-        off = self.shaper.penalties(self.shaper.score(prompts, responses), inner, learning=learning)
-        return [reward - less for reward, less in zip(inner, off.tolist(), strict=True)]
+    def _shape_texts(
+        self, prompts: Sequence[Any], responses: Sequence[Any], *, learning: bool
+    ) -> list[float]:
+        inner = self._inner_rewards(
+            prompts, responses, {"completion_ids": None}, self.reward_tokenizer or self.tokenizer
+        )
+        penalties = self.shaper.penalties(self.shaper.score(prompts, responses), inner, learning=learning)
+        return [reward - penalty for reward, penalty in zip(inner, penalties.tolist(), strict=True)]
 
     # To and from disk
 
@@ -237,8 +245,8 @@ class ShapedRewardModel(nn.Module):
         scorer: FeatureScorer | None = None,
         *,
         reward: nn.Module | Callable[..., Any] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Processing | None = None,
+        reward_tokenizer: Processing | None = None,
         **model_arguments: Any,
     ) -> ShapedRewardModel:
         """Read what `save_pretrained` wrote.
@@ -269,7 +277,7 @@ class ShapedRewardModel(nn.Module):
     ) -> Tensor:
         """The inner reward [rows, tokens, 1] as get_reward would have computed it."""
         if self.inner is not None and self.reward_tokenizer is None:
-            model: Any = without_adapters(self.inner)
+            model: Any = strip_adapters(self.inner)
             output = getattr(model, model.base_model_prefix)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -284,21 +292,28 @@ class ShapedRewardModel(nn.Module):
                     f"Reward model {self.name!r} gives {logits.shape[-1]} numbers a token; load it with num_labels=1."
                 )
             return logits
-        values = self._ask(self._decode(prompts), self._decode(responses), responses, self.reward_tokenizer)
+        values = self._inner_rewards(
+            self._decode(prompts),
+            self._decode(responses),
+            {"completion_ids": responses},
+            self.reward_tokenizer,
+        )
         return torch.tensor(values, device=input_ids.device)[:, None, None].expand(*input_ids.shape, 1)
 
-    def _ask(
+    def _inner_rewards(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
+        keywords: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[float]:
         """The inner rewards of texts; `tokenizer` for a reward that is a model."""
-        of_texts = self._of_texts if self.inner is None else model_as_function(self.inner, tokenizer)
+        of_texts = self._function if self.inner is None else model_as_function(self.inner, tokenizer)
         assert of_texts is not None
-        returned = awaited(of_texts(prompts=prompts, completions=completions, completion_ids=completion_ids))
-        return [_judged(reward, self.name) for reward in checked_rewards(returned, len(prompts), self.name)]
+        returned = wait_for(of_texts(prompts=prompts, completions=completions, **keywords))
+        return [
+            _require_number(reward, self.name) for reward in check_rewards(returned, len(prompts), self.name)
+        ]
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         if self.tokenizer is None:
@@ -307,18 +322,18 @@ class ShapedRewardModel(nn.Module):
             )
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-    def _special(self) -> Tensor:
+    def _special_ids(self) -> Tensor:
         scorer = self.shaper.scorer
         return torch.tensor(sorted(set() if scorer is None else set(scorer.tokenizer.all_special_ids)))
 
-    def _scores_of(self, hidden: Tensor, counted: Tensor) -> Tensor:
+    def _captured_scores(self, hidden: Tensor, counted: Tensor) -> Tensor:
         """Signed scores from the hidden states of the reward's own forward pass."""
         scorer, features = self.shaper.scorer, self.shaper.features
         assert scorer is not None
         raw = scorer.pool(hidden, counted.to(hidden.device), torch.tensor(features))
-        return self.shaper.signed(scorer.standardise(raw.cpu(), features))
+        return self.shaper.apply_directions(scorer.standardise(raw.cpu(), features))
 
-    def _as_the_scorer_reads(
+    def _response_mask(
         self, input_ids: Tensor, attention_mask: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
     ) -> Tensor | None:
         """Which tokens are the responses', if the rows are to the token what the scorer would read; else None."""
@@ -330,7 +345,7 @@ class ShapedRewardModel(nn.Module):
             if input_ids[row][attended[row]].tolist() != [*before, *after] or len(before) == 0:
                 return None
             counted[row] = attended[row] & (attended[row].cumsum(0) > len(before))
-        return counted & ~torch.isin(input_ids, self._special().to(input_ids.device))
+        return counted & ~torch.isin(input_ids, self._special_ids().to(input_ids.device))
 
     @contextlib.contextmanager
     def _capture(self) -> Iterator[list[Tensor]]:
@@ -347,7 +362,7 @@ class ShapedRewardModel(nn.Module):
             return
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            captured.append((output[0] if isinstance(output, tuple) else output).detach())
+            captured.append(layer_output(output).detach())
 
         handle = scorer.point.module.register_forward_hook(keep)
         try:
@@ -362,12 +377,12 @@ class ShapedRewardModel(nn.Module):
             self.shaper.scorer.to(device)
 
 
-def _subtract(logits: Tensor, off: Tensor) -> Tensor:
+def _subtract(logits: Tensor, penalties: Tensor) -> Tensor:
     """In float32 or better, returned in the logits' own type."""
-    return (logits.float() - off.to(logits.device, torch.float32)).to(logits.dtype)
+    return (logits.float() - penalties.to(logits.device, torch.float32)).to(logits.dtype)
 
 
-def _judged(reward: float | None, name: str) -> float:
+def _require_number(reward: float | None, name: str) -> float:
     if reward is None:
         raise AuditError(
             f"Reward {name!r} returned None, but a reward model must judge every response; return a number."

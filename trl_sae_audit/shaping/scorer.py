@@ -1,4 +1,4 @@
-"""How strongly a response shows a feature, by a frozen model that the policy cannot teach to look away."""
+"""Feature scores of responses, from a frozen model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from .calibration_files import read_calibration, write_calibration
-from .dictionary import FeatureDictionary
-from .errors import AuditError
-from .pooling import POOLINGS, pooled
-from .preflight import check_dictionary, check_whole
-from .response_states import ResponseReader, Row
-from .tokenized import Ids, Text, check_tokenizer, tokenized
+from ..errors import AuditError
+from ..models.response_states import PrefixCachedReader, Row
+from ..models.token_ids import Ids, Text, tokenize_pairs
+from ..models.tokenizers import Processing, text_tokenizer
+from ..saes.compatibility import check_dictionary, check_whole
+from ..saes.dictionary import FeatureDictionary
+from ..saes.pooling import POOLINGS, Pooling, pool_activations
+from .calibration import read_calibration, write_calibration
 
 _UNVARYING = 1e-5  # of the mean: rounding, not a difference between texts
 
@@ -40,7 +40,7 @@ class FeatureScorer:
     Args:
         model: frozen: the reference or SFT model, or a reward model whose backbone the dictionary fits. Never the
             policy being trained, which would learn to hide the feature from it.
-        tokenizer: the model's.
+        tokenizer: the model's, or a processor that has it.
         dictionary: whose features are scored.
         pooling: "mean", "max" or "last" over the response's tokens.
         batch_size: rows per forward pass.
@@ -62,10 +62,10 @@ class FeatureScorer:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Processing,
         dictionary: FeatureDictionary,
         *,
-        pooling: str = "max",
+        pooling: Pooling = "max",
         batch_size: int = 16,
         max_length: int = 2048,
         cache_size: int = 65536,
@@ -80,19 +80,18 @@ class FeatureScorer:
             if value < least:
                 raise AuditError(f"{option} is {value}; it must be at least {least}.")
         self.model = model
-        self.tokenizer = tokenizer
         self.dictionary = dictionary
         self.pooling = pooling
         self.cache_size = cache_size
         check_whole(model)
         self.point = check_dictionary(dictionary, model)
+        self.tokenizer = text_tokenizer(tokenizer, self.point.decoder)
         self.calibration_size = 0
         self.mean: Tensor | None = None
         self.deviation: Tensor | None = None
-        self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
-        self._reader = ResponseReader(self.point, batch_size, max_length)
+        self._special_ids = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
+        self._reader = PrefixCachedReader(self.point, batch_size, max_length)
         self._cache: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()
-        check_tokenizer(tokenizer, self.point.decoder)
 
     @property
     def calibrated(self) -> bool:
@@ -151,9 +150,9 @@ class FeatureScorer:
         return self.standardise(scores.reshape(len(rows), len(features)), features)
 
     def pool(self, hidden: Tensor, counted: Tensor, features: Tensor | None = None) -> Tensor:
-        """Raw scores from hidden states that someone else has computed; see `pooling.pooled`."""
+        """Raw scores from hidden states that someone else has computed; see `pooling.pool_activations`."""
         self.dictionary = self.dictionary.to(hidden.device)
-        return pooled(self.dictionary, hidden, counted, self.pooling, features)
+        return pool_activations(self.dictionary, hidden, counted, self.pooling, features)
 
     def standardise(self, raw: Tensor, features: Sequence[int]) -> Tensor:
         """Raw scores [rows, features] as z-scores if calibrated; 0 in rows of no counted token.
@@ -205,7 +204,7 @@ class FeatureScorer:
             total += (scores - shift).sum(0)
             squares += (scores - shift).square().sum(0)
         if shared and PartialState().num_processes > 1:
-            n, shift, total, squares = _of_all_processes(n, shift, total, squares)
+            n, shift, total, squares = _combine_processes(n, shift, total, squares)
         if n < 2 or shift is None:
             raise AuditError(
                 f"{n} calibration response(s) have tokens to score; give at least two, better some hundred."
@@ -274,13 +273,13 @@ class FeatureScorer:
         Raises:
             AuditError: a conversation, and the tokenizer has no chat template.
         """
-        return tokenized(self.tokenizer, prompts, responses)
+        return tokenize_pairs(self.tokenizer, prompts, responses)
 
     def _read(self, rows: Sequence[Row], features: Tensor | None) -> Iterator[tuple[list[int], Tensor]]:
         """Which rows, and their raw scores [rows, features] on the CPU, NaN in a row with nothing to score."""
-        for reading in self._reader.read(rows):
-            counted = reading.of_response & ~torch.isin(reading.ids, self._special)
-            yield reading.rows, self.pool(reading.hidden, counted.to(reading.hidden.device), features).cpu()
+        for states in self._reader.read(rows):
+            counted = states.of_response & ~torch.isin(states.ids, self._special_ids)
+            yield states.rows, self.pool(states.hidden, counted.to(states.hidden.device), features).cpu()
 
     def _check_features(self, features: Sequence[int]) -> None:
         for feature in features:
@@ -301,10 +300,10 @@ class FeatureScorer:
             self._cache.popitem(last=False)
 
 
-def _of_all_processes(
+def _combine_processes(
     n: int, shift: Tensor | None, total: Tensor, squares: Tensor
 ) -> tuple[int, Tensor, Tensor, Tensor]:
-    """The same over all processes: number, mean, sum about it (0), and squares about it, by `step_buffer.pack`'s formula."""
+    """The same over all processes: number, mean, sum about it (0), and squares about it, by `packed_steps.pack`'s formula."""
     own = total if shift is None else shift * n + total
     moments = squares - total.square() / max(n, 1) + own.square() / max(n, 1)
     packed = torch.cat([torch.tensor([n], dtype=own.dtype), own, moments])

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from pydantic import NonNegativeInt
 
-from .errors import AuditError
-from .record_files import write_durably
-from .untrusted_tables import checksum_of, read_arrays
+from ..errors import AuditError
+from ..io.atomic import write_durably
+from ..io.manifest import FORMAT, check_kind, fit
+from ..io.tables import load_checked, save_checked
+
+
+@dataclass(frozen=True)
+class _Description:
+    identity: str
+    pooling: str
+    calibration_size: NonNegativeInt
 
 
 def write_calibration(path: Path, state: Mapping[str, Any]) -> None:
     """A scorer's `state_dict` as safetensors."""
-    tensors = {name: state[name] for name in ("mean", "deviation") if state[name] is not None}
-    header = {name: str(state[name]) for name in ("identity", "pooling", "calibration_size")}
-    header["crc32"] = str(_checksum(tensors, header))
+    about = {name: state[name] for name in ("identity", "pooling", "calibration_size")}
+    arrays = {name: state[name].cpu().numpy() for name in ("mean", "deviation") if state[name] is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, safetensors_bytes(tensors, metadata=header))
+        write_durably(path, save_checked(arrays, {"kind": "calibration", "format": FORMAT, **about}))
     except OSError as error:
         raise AuditError(
             f"The calibration cannot be written to {path} ({error.strerror}); choose another path."
         ) from error
-
-
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> int:
-    return checksum_of({name: tensor.cpu().numpy() for name, tensor in tensors.items()}, header)
 
 
 def read_calibration(path: Path) -> dict[str, Any]:
@@ -40,13 +43,12 @@ def read_calibration(path: Path) -> dict[str, Any]:
         AuditError: missing or damaged.
     """
     try:
-        arrays, header = read_arrays(path)
-        state: dict[str, Any] = {name: header[name] for name in ("identity", "pooling")}
-        state["calibration_size"] = int(header["calibration_size"])
-        for name in ("mean", "deviation"):
-            state[name] = torch.from_numpy(arrays[name]) if arrays else None
-        if header.pop("crc32", None) not in (None, str(checksum_of(arrays, header))):
-            raise ValueError("its checksum is not that of its content")
+        arrays, about = load_checked(path)
+        check_kind(path, about, "calibration")
+        fit(_Description, about)
+        state = about | {
+            name: torch.from_numpy(arrays[name]) if arrays else None for name in ("mean", "deviation")
+        }
         if arrays:
             _check_calibration(state)
     except (OSError, ValueError, KeyError) as error:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer
 
-from .adaptive_penalty import AdaptivePenalty
-from .errors import AuditError
-from .flags import Flag, FlagSet
+from ..errors import AuditError
+from ..flags import Flag, FlagSet, distinct_names
+from ..metric_names import PENALTY, PENALTY_SHARE, SHAPED_REWARD, feature_metric
+from ..trainers.rollout import is_trained
+from .adaptive import AdaptivePenalty
 from .penalties import FixedPenalty, Penalty
-from .rollout import is_trained
 from .scorer import FeatureScorer
 
 logger = logging.getLogger(__name__)
@@ -60,26 +59,21 @@ class Shaper:
         """Signed scores [n, flags] of texts: positive is what the flags object to."""
         if self.scorer is None or not self.features:
             return torch.zeros(len(responses), 0)
-        return self.signed(self.scorer.score(prompts, responses, self.features))
+        return self.apply_directions(self.scorer.score(prompts, responses, self.features))
 
     def score_ids(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         """The same of token ids of the scorer's tokenizer."""
         if self.scorer is None or not self.features:
             return torch.zeros(len(responses), 0)
-        return self.signed(self.scorer.score_ids(prompts, responses, self.features))
+        return self.apply_directions(self.scorer.score_ids(prompts, responses, self.features))
 
-    def signed(self, scores: Tensor) -> Tensor:
-        """Scores turned by each flag's direction: up s, down −s, both |s|."""
-        turn: dict[str, Callable[[Tensor], Tensor]] = {
-            "up": lambda column: column,
-            "down": torch.neg,
-            "both": torch.abs,
-        }
-        columns = [turn[flag.direction](scores[:, index]) for index, flag in enumerate(self.flags)]
+    def apply_directions(self, scores: Tensor) -> Tensor:
+        """Scores [n, flags] turned by each flag's direction: up s, down −s, both |s|."""
+        columns = [flag.signed(scores[:, index]) for index, flag in enumerate(self.flags)]
         return torch.stack(columns, 1) if columns else scores
 
     def begin(self, trainer: Trainer | None, *, learning: bool) -> None:
-        """A batch of rewards is asked for.
+        """A batch of rewards is requested.
 
         Raises:
             AuditError: if the scorer reads the very model that is being trained.
@@ -91,37 +85,37 @@ class Shaper:
             self.penalty.begin_batch()
 
     def penalties(self, scores: Tensor, rewards: Sequence[float | None], *, learning: bool) -> Tensor:
-        """What to take off each reward [n], float64; the batch is noted for the next coefficients if `learning`.
+        """What to subtract from each reward [n], float64; the batch is noted for the next coefficients if `learning`.
 
         Args:
             scores: signed, [n, flags].
             rewards: the inner ones; None where the function does not judge.
         """
-        off = self.penalty(scores)
+        penalties = self.penalty(scores)
         judged = [index for index, reward in enumerate(rewards) if reward is not None]
         values = torch.tensor([rewards[index] for index in judged], dtype=torch.float64)
         if learning:
             self.penalty.end_batch(scores[judged], values)
-        self.metrics = self._describe(scores[judged], values, off[judged])
-        return off
+        self.metrics = self._describe(scores[judged], values, penalties[judged])
+        return penalties
 
-    def _describe(self, scores: Tensor, rewards: Tensor, off: Tensor) -> dict[str, float]:
-        """`shaping/reward` inner, `/penalty` taken off, `/penalty_share` its spread beside the reward's, and each
+    def _describe(self, scores: Tensor, rewards: Tensor, penalties: Tensor) -> dict[str, float]:
+        """`shaping/reward` inner, `/penalty` subtracted, `/penalty_share` its spread relative to the reward's, and each
         flag's `/score` (signed) and `/coefficient` (what one score unit costs)."""
         if not len(rewards):
             return {}
         spread = self.penalty.spread or float(rewards.std(unbiased=False))
         metrics = {
-            "shaping/reward": float(rewards.mean()),
-            "shaping/penalty": float(off.mean()),
+            SHAPED_REWARD: float(rewards.mean()),
+            PENALTY: float(penalties.mean()),
         }
         if spread > 0:
-            metrics["shaping/penalty_share"] = float(off.std(unbiased=False)) / spread
+            metrics[PENALTY_SHARE] = float(penalties.std(unbiased=False)) / spread
         for index, (name, coefficient) in enumerate(
             zip(self.names, self.penalty.coefficients(), strict=True)
         ):
-            metrics[f"shaping/{name}/score"] = float(scores[:, index].double().mean())
-            metrics[f"shaping/{name}/coefficient"] = coefficient
+            metrics[feature_metric("shaping", name, "score")] = float(scores[:, index].double().mean())
+            metrics[feature_metric("shaping", name, "coefficient")] = coefficient
         return metrics
 
     def _check_calibration(self) -> None:
@@ -140,64 +134,10 @@ class Shaper:
             )
         if trainer.state.global_step > 0 and self.penalty.batches == 0:
             logger.warning(
-                "The run resumes at step %d, but the penalty begins anew; pass callbacks=[ShapingCallback(…)] to have "
+                "The run resumes at step %d, but the penalty starts from the beginning; pass callbacks=[ShapingCallback(…)] to have "
                 "its coefficients saved and restored with checkpoints.",
                 trainer.state.global_step,
             )
-
-
-def checked_rewards(values: Any, n: int, name: str) -> list[float | None]:
-    """The rewards of `n` responses as numbers; None stays None.
-
-    Raises:
-        AuditError: another count, a reward that is no single number, or one that is NaN or infinite.
-    """
-    if isinstance(values, (Tensor, np.ndarray)):
-        if values.ndim == 2 and values.shape[-1] == 1:
-            values = values[:, 0]
-        if values.ndim != 1:
-            raise AuditError(
-                f"Reward {name!r} returned an array of shape {tuple(values.shape)}; return one number a response."
-            )
-    if not isinstance(values, (Sequence, Tensor, np.ndarray)) or isinstance(values, str):
-        raise AuditError(
-            f"Reward {name!r} returned a {type(values).__name__}; return a list of one number a response."
-        )
-    if len(values) != n:
-        raise AuditError(
-            f"Reward {name!r} returned {len(values)} rewards for {n} responses; return one each."
-        )
-    return [_checked_reward(value, index, name) for index, value in enumerate(values)]
-
-
-def _checked_reward(value: Any, index: int, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
-        raise AuditError(
-            f"Reward {index} of {name!r} has shape {tuple(value.shape)}; return one number a response, combined from its "
-            "parts."
-        )
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise AuditError(
-            f"Reward {index} of {name!r} is a {type(value).__name__}; return one number a response."
-        ) from error
-    if not math.isfinite(number):
-        raise AuditError(
-            f"Reward {index} of {name!r} is {number}; return None for a response that is not to be judged, and a finite "
-            "number otherwise."
-        )
-    return number
-
-
-def distinct_names(flags: Sequence[Flag]) -> list[str]:
-    names = [flag.name for flag in flags]
-    return [
-        f"{name} ({flag.feature})" if names.count(name) > 1 else name
-        for name, flag in zip(names, flags, strict=True)
-    ]
 
 
 def as_penalty(penalty: Penalty | float) -> Penalty:

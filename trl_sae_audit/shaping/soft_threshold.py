@@ -9,13 +9,13 @@ import numpy as np
 
 _RANGE, _BINS = 10.0, 400
 BIN_CENTRES = (np.arange(_BINS) + 0.5) * (2 * _RANGE / _BINS) - _RANGE
-_LEAST_DEVIATION = 0.1  # of a presence: that of a behaviour shown in one response of a hundred
+_LEAST_DEVIATION = 0.1  # of q: that of a behaviour shown in one response of a hundred
 _INWARD = 0.25
 _LEAST_CLASS = 5  # responses: fewer are outliers, not a kind
 
 
 def histogram(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Counts, or sums of `weights` [n], of scores [n, k] in 400 bins from −10 to 10, what lies beyond in the outermost: [k, 400].
+    """Counts, or sums of `weights` [n], of scores [n, k] in 400 bins from −10 to 10, with values beyond in the outermost bins: [k, 400].
 
     Histograms add up, over processes too, where the scores themselves would have to be gathered.
     """
@@ -26,7 +26,7 @@ def histogram(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarr
     return result
 
 
-class Presence:
+class SoftThreshold:
     """x = (q − mean) / deviation with q = clip((S − low) / (high − low), 0, 1), for k behaviours at once.
 
     Args:
@@ -58,7 +58,7 @@ class Presence:
         return {name: vars(self)[name].tolist() for name in ("low", "high", "mean", "deviation")}
 
     @classmethod
-    def of_reference(cls, counts: np.ndarray) -> Presence:
+    def from_reference(cls, counts: np.ndarray) -> SoftThreshold:
         """From histograms [k, bins] of a reference's responses."""
         low, high = np.array([_ramp(row) for row in counts]).reshape(-1, 2).T
         raw = cls(low, high, np.zeros(len(counts)), np.ones(len(counts)))
@@ -73,7 +73,7 @@ def _ramp(counts: np.ndarray) -> tuple[float, float]:
     """Ends of the ramp: a quarter of the way in from the means of Otsu's two classes.
 
     Otsu's split maximises the variance between classes, n₀·n₁·(m₁ − m₀)². Where the scores do not differ, or too few
-    responses for two classes, a response shows the behaviour that lies one standard deviation above their mean.
+    responses for two classes, a response shows the behaviour if it is one standard deviation above their mean.
     """
     n0 = counts.cumsum()
     n1 = n0[-1] - n0

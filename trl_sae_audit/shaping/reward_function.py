@@ -1,23 +1,31 @@
-"""A reward function for GRPO, RLOO and OnlineDPO, with a penalty on flagged features taken off it."""
+"""A reward function for GRPO, RLOO and OnlineDPO, less a penalty on flagged features."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
-from .errors import AuditError
-from .flags import Flag
-from .log_once import NextLog
+from ..flags import Flag
+from ..metric_names import PENALTY, feature_metric
+from ..models.event_loop import wait_for
+from ..models.reward_values import check_rewards
+from ..models.rewards import (
+    Reward,
+    as_function,
+    is_async,
+    load_reward,
+    names_function,
+    reward_name,
+    trl_awaits_objects,
+)
+from ..models.tokenizers import Processing
+from ..trainers.logs import DeferredMetrics
+from ..trainers.rollout import trainer_of_function
 from .penalties import Penalty
-from .reward_models import awaited, model_as_function, name_of
-from .rollout import trainer_of_function
 from .scorer import FeatureScorer
-from .shaping import Shaper, checked_rewards
+from .shaper import Shaper
 
 
 class ShapedReward:
@@ -25,15 +33,17 @@ class ShapedReward:
 
     Keeps the inner reward's name for the trainer's logs, hands every keyword on, leaves None as None, and logs
     `shaping/reward`, `shaping/penalty`, `shaping/penalty_share`, `shaping/{label}/score` and
-    `shaping/{label}/coefficient`: through `log_metric`, or in the next log of a trainer that has none. Of an async reward the shaped one is async too.
+    `shaping/{label}/coefficient`: through `log_metric`, or in the next log of a trainer that has none. In GRPO and RLOO each
+    completion's scores and penalty are also columns of the trainer's table of completions (`log_completions=True`). Of an async reward
+    the shaped one is async too; under a TRL that awaits functions alone (before 1.13) it waits for it.
 
     Args:
         reward: a function `f(prompts, completions, completion_ids, **kwargs)` → numbers or None, async or not; or a
-            sequence classification model of one label.
+            sequence classification model of one label; or the name of either, see `load_reward`.
         scorer: frozen model and dictionary.
         flags: of the scorer's dictionary.
         penalty: FixedPenalty, AdaptivePenalty, or a coefficient.
-        reward_tokenizer: of a reward that is a model.
+        reward_tokenizer: of a reward that is a model; by default from where the model was loaded.
 
     Raises:
         AuditError: flags that do not fit the scorer; a model without tokenizer; and when called, a reward that is
@@ -49,31 +59,30 @@ class ShapedReward:
     """
 
     def __new__(cls, reward: Any, *args: Any, **kwargs: Any) -> ShapedReward:
-        chosen = _AsyncShapedReward if cls is ShapedReward and _is_async(reward) else cls
-        return object.__new__(chosen)
+        reward = load_reward(reward) if names_function(reward) else reward
+        awaited = cls is ShapedReward and is_async(reward) and trl_awaits_objects()
+        return object.__new__(_AsyncShapedReward if awaited else cls)
 
     def __init__(
         self,
-        reward: Callable[..., Any] | nn.Module,
+        reward: Reward,
         scorer: FeatureScorer | None,
         flags: Iterable[Flag],
         penalty: Penalty | float,
         *,
-        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_tokenizer: Processing | None = None,
     ) -> None:
-        if not callable(reward):
-            raise AuditError(f"The reward is a {type(reward).__name__}; pass a function or a reward model.")
+        reward = load_reward(reward) if isinstance(reward, str) else reward
+        self._inner: Callable[..., Any] = as_function(reward, reward_tokenizer)
         self.shaper = Shaper(scorer, flags, penalty)
-        self.__name__ = name_of(reward)
-        self._next_log = NextLog()
-        self._inner: Callable[..., Any] = (
-            model_as_function(reward, reward_tokenizer) if isinstance(reward, nn.Module) else reward
-        )
+        self.__name__ = reward_name(reward)
+        self._deferred = DeferredMetrics()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Any:
         trainer, learning = self._begin(kwargs)
+        returned = wait_for(self._call_inner(prompts, completions, kwargs))
         rewards = self._shape(
-            prompts, completions, self._ask(prompts, completions, kwargs), learning=learning
+            prompts, completions, returned, learning=learning, log_extra=kwargs.get("log_extra")
         )
         self._log(trainer, kwargs, learning=learning)
         return rewards
@@ -87,10 +96,10 @@ class ShapedReward:
             columns: whatever else the reward reads.
         """
         self.shaper.begin(None, learning=True)
-        returned = awaited(self._ask(prompts, completions, columns))
+        returned = wait_for(self._call_inner(prompts, completions, columns))
         self._shape(prompts, completions, returned, learning=True)
 
-    def _ask(self, prompts: Sequence[Any], completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _call_inner(self, prompts: Sequence[Any], completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return self._inner(prompts=prompts, completions=completions, **kwargs)
 
     def _begin(self, kwargs: dict[str, Any]) -> tuple[Trainer | None, bool]:
@@ -100,13 +109,24 @@ class ShapedReward:
         return trainer, learning
 
     def _shape(
-        self, prompts: Sequence[Any], completions: Sequence[Any], returned: Any, *, learning: bool
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        returned: Any,
+        *,
+        learning: bool,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
     ) -> list[float | None]:
-        rewards = checked_rewards(returned, len(completions), self.__name__)
-        off = self.shaper.penalties(self.shaper.score(prompts, completions), rewards, learning=learning)
+        rewards = check_rewards(returned, len(completions), self.__name__)
+        scores = self.shaper.score(prompts, completions)
+        penalties = self.shaper.penalties(scores, rewards, learning=learning)
+        if log_extra is not None:
+            for name, column in zip(self.shaper.names, scores.T.tolist(), strict=True):
+                log_extra(feature_metric("shaping", name, "score"), column)
+            log_extra(PENALTY, penalties.tolist())
         return [
-            None if reward is None else reward - less
-            for reward, less in zip(rewards, off.tolist(), strict=True)
+            None if reward is None else reward - penalty
+            for reward, penalty in zip(rewards, penalties.tolist(), strict=True)
         ]
 
     def _log(self, trainer: Trainer | None, kwargs: dict[str, Any], *, learning: bool) -> None:
@@ -114,7 +134,7 @@ class ShapedReward:
             for name, value in self.shaper.metrics.items():
                 kwargs["log_metric"](name, value)
         elif trainer is not None and learning:
-            self._next_log.add(trainer, self.shaper.metrics)
+            self._deferred.add(trainer, self.shaper.metrics)
 
 
 class _AsyncShapedReward(ShapedReward):
@@ -123,15 +143,9 @@ class _AsyncShapedReward(ShapedReward):
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Any:
         trainer, learning = self._begin(kwargs)
-        returned = await self._ask(prompts, completions, kwargs)
-        rewards = self._shape(prompts, completions, returned, learning=learning)
+        returned = await self._call_inner(prompts, completions, kwargs)
+        rewards = self._shape(
+            prompts, completions, returned, learning=learning, log_extra=kwargs.get("log_extra")
+        )
         self._log(trainer, kwargs, learning=learning)
         return rewards
-
-
-def _is_async(reward: Any) -> bool:
-    while isinstance(reward, functools.partial):
-        reward = reward.func
-    if isinstance(reward, nn.Module) or not callable(reward):
-        return False
-    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__)

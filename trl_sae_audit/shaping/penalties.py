@@ -1,4 +1,4 @@
-"""How scores of flagged features become what is taken off a reward: what every penalty shares, and the fixed one."""
+"""How scores of flagged features become a penalty on a reward: what every penalty shares, and the fixed one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import AuditError
-from .flags import Flag
+from ..errors import AuditError
+from ..flags import Flag
 
 
 class Penalty(ABC):
@@ -64,14 +64,14 @@ class Penalty(ABC):
         if self._pending is None:
             return
         pending, self._pending = _sum_over_processes(self._pending), None
-        count, first, second, *shown = pending
+        count, first, second, *sums = pending
         self.batches += 1
         if count == 0:
             return
         self._moments = [
             self.decay * old + new for old, new in zip(self._moments, (count, first, second), strict=True)
         ]
-        self._move(count, first / count, shown)
+        self._update(count, first / count, sums)
 
     def end_batch(self, scores: Tensor, rewards: Tensor) -> None:
         """Note what a batch showed; nothing moves until the next one begins.
@@ -82,14 +82,14 @@ class Penalty(ABC):
         """
         rewards = rewards.double()
         batch = [float(len(rewards)), float(rewards.sum()), float(rewards.square().sum())]
-        batch += self._shown(scores.double(), rewards)
+        batch += self._batch_sums(scores.double(), rewards)
         if self._pending is not None:
             batch = [a + b for a, b in zip(self._pending, batch, strict=True)]
         self._pending = batch
 
     @abstractmethod
     def __call__(self, scores: Tensor) -> Tensor:
-        """What to take off each reward: signed scores [n, k] → [n], float64."""
+        """What to subtract from each reward: signed scores [n, k] → [n], float64."""
 
     @abstractmethod
     def coefficients(self) -> list[float]:
@@ -122,7 +122,7 @@ class Penalty(ABC):
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AuditError(
                 f"The saved state of a {type(self).__name__} is damaged ({type(error).__name__}: {error}); restore it from a "
-                "copy, or begin the coefficients anew."
+                "copy, or start the coefficients from the beginning."
             ) from error
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -138,33 +138,33 @@ class Penalty(ABC):
         if self.keys is not None and state["flags"] is not None and list(state["flags"]) != self.keys:
             raise AuditError(
                 f"The saved coefficients are of {', '.join(state['flags']) or 'no feature'}, and the flags here are "
-                f"{', '.join(self.keys) or 'none'}; use the same flags in the same order, or start anew."
+                f"{', '.join(self.keys) or 'none'}; use the same flags in the same order, or start from the beginning."
             )
         self.keys = None if state["flags"] is None else list(state["flags"])
-        self.batches = int(finite(state["batches"]))
-        self._moments = finite(state["moments"], 3).tolist()
-        self._pending = None if state["pending"] is None else finite(state["pending"], None).tolist()
+        self.batches = int(finite_array(state["batches"]))
+        self._moments = finite_array(state["moments"], 3).tolist()
+        self._pending = None if state["pending"] is None else finite_array(state["pending"], None).tolist()
 
-    def _shown(self, scores: Tensor, rewards: Tensor) -> list[float]:
+    def _batch_sums(self, scores: Tensor, rewards: Tensor) -> list[float]:
         """What a batch shows besides its rewards, as sums over responses; added up over processes."""
         return []
 
-    def _move(self, count: float, mean_reward: float, shown: list[float]) -> None:  # noqa: B027, may do nothing
-        """Adjust to a batch of `count` responses over all processes, with the sums that `_shown` gave."""
+    def _update(self, count: float, mean_reward: float, sums: list[float]) -> None:  # noqa: B027, may do nothing
+        """Adjust to a batch of `count` responses over all processes, with the sums that `_batch_sums` gave."""
 
 
-def finite(values: Any, *shape: int | None) -> np.ndarray:
+def finite_array(values: Any, *shape: int | None) -> np.ndarray:
     """Saved numbers as an array, float64, of that shape (None: any length).
 
     Raises:
         ValueError: of another shape, or one that is not finite.
     """
-    found = np.array(values, dtype=np.float64)
-    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
-        raise ValueError(f"numbers of shape {shape} were expected, not {found.shape}")
-    if not np.isfinite(found).all():
+    array = np.array(values, dtype=np.float64)
+    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"numbers of shape {shape} were expected, not {array.shape}")
+    if not np.isfinite(array).all():
         raise ValueError("a number is not finite")
-    return found
+    return array
 
 
 class FixedPenalty(Penalty):
@@ -184,7 +184,7 @@ class FixedPenalty(Penalty):
         decay: of the running spread, per batch.
 
     Raises:
-        AuditError: λ below 0 without `allow_negative`, or a value that cannot be meant.
+        AuditError: λ below 0 without `allow_negative`, or an invalid value.
     """
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Rewards with a penalty on flagged features."""
