@@ -1,6 +1,6 @@
 """Verify: do scores computed before training predict which features training changes?
 
-Of each score, against the realised change `r_f` (see `realised_change`, `sampled_change`) over the features:
+Of each score, against the measured change `r_f` (see `measured_change`, `sampled_change`) over the features:
 
 - `r2`: the share of the variance of r that the least-squares line with intercept through (score, r) explains,
   its slope held at 0 or above, `max(0, correlation)²`. A score's scale is arbitrary, its sign is not: one that says
@@ -11,7 +11,7 @@ Of each score, against the realised change `r_f` (see `realised_change`, `sample
 - `slope`: of the line. It means something for a score in units of activation: a lookahead times the number of steps
   has slope 1 if it is right.
 
-Features active in none of the answers are left out: nothing could be predicted of them. Intervals come from drawing
+Features active in none of the answers are omitted, since nothing could be predicted about them. Intervals come from drawing
 prompts again: they hold for other prompts of this kind, for this dictionary and this one run. What another training seed
 would give only several runs can tell, and features are no sample of anything. `ceiling` is the R² that a perfect score would
 be expected to reach given how many prompts there are: the part of r's variance over features that is not sampling noise.
@@ -20,7 +20,6 @@ be expected to reach given how many prompts there are: the part of r's variance 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,41 +30,45 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from .audit_result import Audit
-from .errors import AuditError
-from .realised import RealisedChange
-from .record import RunRecord
-from .record_files import write_together
-from .statistics import Interval, centred_interval, resampling_counts
+from ..audit.result import Audit
+from ..errors import AuditError
+from ..io.atomic import write_together
+from ..io.manifest import MANIFEST, StoredFile, check_free, document
+from ..record.reader import RunRecord
+from ..statistics import Interval, centred_interval, resampling_counts
+from .measured import MeasuredChange
+from .samples import Samples
 
 RANDOM = "random"
 """The name of the control that `verify` adds: a score drawn from the standard normal distribution."""
 STATISTICS = {"r2": (0.0, 1.0), "spearman": (-1.0, 1.0), "precision": (0.0, 1.0), "slope": (-np.inf, np.inf)}
-"""What is computed, and what it lies between."""
+"""A statistic and its interval."""
 _AUDITED = (
     "attribution",
     "activation_attribution",
     "predicted_change",
-    "predicted_sampled_change",
-    "predicted_presence_change",
-    "rehearsed_change",
-    "rehearsed_sampled_change",
+    "predicted_change_in_generations",
+    "predicted_frequency_change",
+    "unrolled_change",
+    "unrolled_change_in_generations",
+    "selection",
     "disparity",
     "mean_activation_difference",
+    "projection_difference",
 )
-_SCHEMA = 1
+TABLE = "verify.parquet"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How well scores predicted one realised change.
+    """How well scores predicted one measured change.
 
     Attributes:
-        kind: of the change, "teacher-forced" or "sampled".
+        kind: of the change, "on given text" or "in generations".
         units: prompts it was measured on.
         top_k: k of `precision`.
         ceiling: R² to expect of a perfect score.
-        features: one row a feature that was active: feature, before, realised, standard_error, and every score.
+        features: one row a feature that was active: feature, before, measured, standard_error, and every score.
         statistics: {score: {statistic: Interval}}.
     """
 
@@ -81,9 +84,9 @@ class Verification:
     def table(self) -> pd.DataFrame:
         """One row a score, the largest R² first: score, and for each statistic its value and `_low`, `_high`."""
         rows = []
-        for name, found in self.statistics.items():
+        for name, statistics_of in self.statistics.items():
             row: dict[str, Any] = {"score": name}
-            for statistic, interval in found.items():
+            for statistic, interval in statistics_of.items():
                 row |= {
                     statistic: interval.estimate,
                     f"{statistic}_low": interval.low,
@@ -111,9 +114,9 @@ class Verification:
         scores = {
             name: {
                 key: [value if np.isfinite(value) else None for value in (each.estimate, each.low, each.high)]
-                for key, each in found.items()
+                for key, each in statistics_of.items()
             }
-            for name, found in self.statistics.items()
+            for name, statistics_of in self.statistics.items()
         }
         return {
             "kind": self.kind,
@@ -127,7 +130,7 @@ class Verification:
 
 def verify(
     predictors: Mapping[str, ArrayLike],
-    realised: RealisedChange,
+    measured: MeasuredChange,
     *,
     top_k: int = 20,
     draws: int = 500,
@@ -139,7 +142,7 @@ def verify(
     Args:
         predictors: name → score of every feature [d_sae], computed before training (or from a run's record); a
             random control is added under the name "random".
-        realised: from `realised_change` or `sampled_change`.
+        measured: from `measured_change` or `sampled_change`.
         top_k: k of the precision.
         draws: bootstrap resamples of the prompts.
         confidence: of the intervals.
@@ -151,28 +154,28 @@ def verify(
     Example:
 
     ```python
-    realised = sampled_change(model_before, model_after, tokenizer, dictionary, held_out_prompts)
-    verify(predictors_of(Audit.load("runs/audit")), realised).table
+    measured = sampled_change(model_before, model_after, tokenizer, dictionary, held_out_prompts)
+    verify(predictors_of(Audit.load("runs/audit")), measured).table
     ```
     """
-    counted = np.flatnonzero(realised.active)
-    change = realised.change[counted].astype(np.float64)
+    counted = np.flatnonzero(measured.active)
+    change = measured.change[counted].astype(np.float64)
     if not len(counted) or change.std() == 0:
         raise AuditError(
             "The two models give every feature the same mean activation, so there is no change to predict; check that they are "
             "the model before and the model after training."
         )
-    scores = {name: _score(name, value, len(realised.change)) for name, value in predictors.items()}
-    scores[RANDOM] = np.random.default_rng((seed, 1)).standard_normal(len(realised.change))
+    scores = {name: _score(name, value, len(measured.change)) for name, value in predictors.items()}
+    scores[RANDOM] = np.random.default_rng((seed, 1)).standard_normal(len(measured.change))
     names, matrix = list(scores), np.stack([score[counted] for score in scores.values()])
     top_k = min(top_k, len(counted))
-    counts = resampling_counts(len(realised), draws, seed)
-    found = compare(matrix, change[None], top_k)
+    counts = resampling_counts(len(measured), draws, seed)
+    observed = compare(matrix, change[None], top_k)
     replicates: dict[str, list[np.ndarray]] = {name: [] for name in STATISTICS}
     moments = np.zeros((2, len(counted)))
     width = max(1, 2**25 // max(1, len(counted)))
     for start in range(0, draws, width):
-        again = realised.resampled(counts[start : start + width])[:, counted].astype(np.float64)
+        again = measured.resampled(counts[start : start + width])[:, counted].astype(np.float64)
         deviation = again - change
         moments += [deviation.sum(0), np.square(deviation).sum(0)]
         for name, values in compare(matrix, again, top_k).items():
@@ -182,21 +185,21 @@ def verify(
     features = pd.DataFrame(
         {
             "feature": counted,
-            "before": realised.before.mean()[counted],
-            "realised": change,
+            "before": measured.before.mean()[counted],
+            "measured": change,
             "standard_error": np.sqrt(variance),
             **{name: score[counted] for name, score in scores.items()},
         }
     )
     return Verification(
-        kind=realised.kind,
-        units=len(realised),
+        kind=measured.kind,
+        units=len(measured),
         top_k=top_k,
         ceiling=float(max(0.0, 1 - variance.mean() / change.var())),
         features=features,
         statistics={
             name: {
-                key: centred_interval(float(found[key][row, 0]), joined[key][row], confidence, bounds)
+                key: centred_interval(float(observed[key][row, 0]), joined[key][row], confidence, bounds)
                 for key, bounds in STATISTICS.items()
             }
             for row, name in enumerate(names)
@@ -205,14 +208,14 @@ def verify(
     )
 
 
-def compare(scores: np.ndarray, realised: np.ndarray, top_k: int) -> dict[str, np.ndarray]:
-    """Every statistic of scores [P, F] against several realised changes [D, F]: {statistic: [P, D]}; NaN for a constant."""
-    correlation = _correlation(scores, realised)
-    spread = realised.std(1)[None] / np.where(scores.std(1) > 0, scores.std(1), np.nan)[:, None]
-    ours, theirs = _signed_top(scores, top_k), _signed_top(realised, top_k)
+def compare(scores: np.ndarray, measured: np.ndarray, top_k: int) -> dict[str, np.ndarray]:
+    """Every statistic of scores [P, F] against several measured changes [D, F]: {statistic: [P, D]}; NaN for a constant."""
+    correlation = _correlation(scores, measured)
+    spread = measured.std(1)[None] / np.where(scores.std(1) > 0, scores.std(1), np.nan)[:, None]
+    ours, theirs = _signed_top(scores, top_k), _signed_top(measured, top_k)
     return {
         "r2": np.square(np.maximum(correlation, 0)),
-        "spearman": _correlation(rankdata(scores, axis=1), rankdata(realised, axis=1)),
+        "spearman": _correlation(rankdata(scores, axis=1), rankdata(measured, axis=1)),
         "precision": ((ours[:, None] == theirs[None]) & (ours[:, None] != 0)).sum(2) / top_k,
         "slope": correlation * spread,
     }
@@ -234,22 +237,40 @@ def predictors_of(source: Audit | RunRecord, dictionary: str | None = None) -> d
 
 
 def save_verifications(
-    verifications: list[Verification], directory: str | Path, about: Mapping[str, Any]
+    verifications: list[Verification],
+    directory: str | Path,
+    config: Mapping[str, Any],
+    samples: Samples | None = None,
 ) -> Path:
-    """Write `verify.json` (`about`, and each target's statistics) and `verify.parquet` (target, feature, realised, scores)."""
+    """Write `manifest.json` (`config`, and each target's statistics) and `verify.parquet` (target, feature, measured, scores).
+
+    Samples are three tables more, `rollouts.parquet`, `rollout_tokens.parquet` and `rollout_activations.parquet`.
+
+    Raises:
+        AuditError: the directory cannot be written, or holds something else.
+    """
     target = Path(directory)
-    described = {
-        "schema_version": _SCHEMA,
-        **about,
-        "targets": {each.kind: each.to_dict() for each in verifications},
-    }
+    if (target / MANIFEST).exists():
+        check_free(target, "verification")
     tables = [each.features.assign(target=each.kind) for each in verifications]
-    content = io.BytesIO()
-    pd.concat(tables, ignore_index=True).to_parquet(content, index=False, write_page_checksum=True)
+    frames = {TABLE: pd.concat(tables, ignore_index=True)}
+    body = {"config": dict(config), "targets": {each.kind: each.to_dict() for each in verifications}}
+    if samples is not None:
+        frames |= {f"{name}.parquet": pd.DataFrame(columns) for name, columns in samples.tables()}
+        body["samples"] = {
+            "dictionary": samples.dictionary,
+            "identity": samples.identity,
+            "features": list(samples.features),
+        }
+    files = {}
+    for name, frame in frames.items():
+        content = io.BytesIO()
+        frame.to_parquet(content, index=False, write_page_checksum=True)
+        files[name] = content.getvalue()
+    manifest = document("verification", body, [StoredFile.of(name, part) for name, part in files.items()])
     try:
         target.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(described, indent=1) + "\n"
-        write_together({target / "verify.parquet": content.getvalue(), target / "verify.json": text.encode()})
+        write_together({**{target / name: part for name, part in files.items()}, target / MANIFEST: manifest})
     except OSError as error:
         raise AuditError(
             f"The verification cannot be written to {target} ({error.strerror}); choose another output_dir."

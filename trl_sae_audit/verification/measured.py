@@ -1,4 +1,4 @@
-"""Realised change: how much more active each feature is after training, on given answers or on sampled ones.
+"""Measured change: how much more active each feature is after training, on given answers or on sampled ones.
 
 Two questions that are easily confused:
 
@@ -16,22 +16,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from .dictionary import FeatureDictionary
-from .errors import AuditError
-from .objectives import Loss, PreferenceLoss
-from .preferences import ANSWERS, PairCheck, Source, as_text, iterate_rows
-from .preflight import check_dictionary
-from .residual_stream import hidden_states
-from .rewards import AnswerCheck, PolicyGradientLoss, answer_ids
-from .sampling import Sampling, answer_batches, sample_ids
+from ..audit.lookahead.answer_places import AnswerPlaces
+from ..audit.objectives import Loss, PreferenceLoss
+from ..audit.rewards import AnswerCheck, PolicyGradientLoss, answer_ids
+from ..data.opener import DatasetLike, iterate_rows
+from ..data.preferences import ANSWERS, PairCheck, as_text
+from ..errors import AuditError
+from ..models.batches import answer_batches
+from ..models.language_head import causal_model
+from ..models.residual_stream import hidden_states
+from ..models.sampling import Sampling, sample_ids
+from ..models.tokenizers import Processing, text_tokenizer
+from ..saes.compatibility import check_dictionary
+from ..saes.dictionary import FeatureDictionary
+
+Answered: TypeAlias = tuple[str, list[int], list[int]]
+"""A prompt's text, its token ids, and those of an answer to it."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,11 @@ class AnswerActivations:
 
 
 @dataclass(frozen=True)
-class RealisedChange:
+class MeasuredChange:
     """What training did to the features: activations before and after, on the same prompts.
 
     Attributes:
-        kind: "teacher-forced" or "sampled".
+        kind: "on given text" or "in generations".
         before, after: the activations.
     """
 
@@ -92,22 +99,22 @@ class RealisedChange:
         return self.after.mean(counts) - self.before.mean(counts)
 
 
-def realised_change(
+def measured_change(
     before: nn.Module,
     after: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     dictionary: FeatureDictionary,
-    responses: Source,
+    responses: DatasetLike,
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
     progress: bool = False,
-) -> RealisedChange:
-    """Teacher-forced: each checkpoint encodes the same held-out answers.
+) -> MeasuredChange:
+    """On given text: each checkpoint encodes the same held-out answers.
 
     Args:
         before, after: causal language models, with adapters or without.
-        tokenizer: of both.
+        tokenizer: of both, or a processor that has it.
         dictionary: with its hook point in both.
         responses: pairs (`chosen`, `rejected`: both answers count), or rows of `prompt` and `completion`, in any layout
             TRL reads; not from the training data.
@@ -119,8 +126,8 @@ def realised_change(
         AuditError: no rows, or a bad one, by its number; a dictionary that does not fit.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
-    return RealisedChange(
-        "teacher-forced",
+    return MeasuredChange(
+        "on given text",
         answer_activations(before, tokenizer, dictionary, responses, **options),
         answer_activations(after, tokenizer, dictionary, responses, **options),
     )
@@ -129,21 +136,21 @@ def realised_change(
 def sampled_change(
     before: nn.Module,
     after: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     dictionary: FeatureDictionary,
-    prompts: Source,
+    prompts: DatasetLike,
     *,
     reference: nn.Module | None = None,
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
-) -> RealisedChange:
-    """Sampled: both checkpoints answer the same prompts, and one frozen model encodes all answers.
+) -> MeasuredChange:
+    """In generations: both checkpoints answer the same prompts, and one frozen model encodes all answers.
 
     Both sample with the same random numbers, see `sample_ids`, which takes most of the noise out of their difference.
 
     Args:
-        before, after, tokenizer, dictionary: as for `realised_change`.
+        before, after, tokenizer, dictionary: as for `measured_change`.
         prompts: rows with `prompt`; other columns do not matter.
         reference: the model that encodes; by default `before`.
         sampling: one answer a prompt, of at most 128 tokens, at temperature 1, if None.
@@ -155,8 +162,8 @@ def sampled_change(
     """
     options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "progress": progress}
     reader = before if reference is None else reference
-    return RealisedChange(
-        "sampled",
+    return MeasuredChange(
+        "in generations",
         sampled_activations(before, reader, tokenizer, dictionary, prompts, **options),
         sampled_activations(after, reader, tokenizer, dictionary, prompts, **options),
     )
@@ -165,48 +172,64 @@ def sampled_change(
 def sampled_activations(
     model: nn.Module,
     reader: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     dictionary: FeatureDictionary,
-    prompts: Source,
+    prompts: DatasetLike,
     *,
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> AnswerActivations:
-    """One checkpoint's half of `sampled_change`, for who compares several with the same one before: `model` answers, `reader`
+    """One checkpoint's half of `sampled_change`, for callers comparing several checkpoints with one baseline: `model` answers, `reader`
     encodes."""
+    answered = sample_answers(
+        model, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
+    )
+    return read_answers(reader, tokenizer, dictionary, answered, batch_size=batch_size, progress=progress)
+
+
+def sample_answers(
+    model: nn.Module,
+    tokenizer: Processing,
+    prompts: DatasetLike,
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Answered]:
+    """A model's answers to prompts; see `sampled_change`."""
     asked = [row.columns or {} for row in iterate_rows(prompts)]
     missing = [number for number, row in enumerate(asked) if not row.get("prompt")]
     if missing or not asked:
         problem = f"row {missing[0]} has no 'prompt'" if missing else "there are no rows"
         raise AuditError(f"Answers are sampled at prompts, but {problem}; give rows with a 'prompt'.")
-    begun = [answer_ids(tokenizer, row["prompt"], "")[0] for row in asked]
+    reader = text_tokenizer(tokenizer, causal_model(model))
+    begun = [answer_ids(reader, row["prompt"], "")[0] for row in asked]
     sampling = sampling or Sampling(answers=1)
-    answers = sample_ids(model, tokenizer, begun, sampling, batch_size=batch_size, progress=progress)
-    answered = [
+    answers = sample_ids(model, reader, begun, sampling, batch_size=batch_size, progress=progress)
+    return [
         (as_text(row["prompt"]), prompt, answer)
         for row, prompt, several in zip(asked, begun, answers, strict=True)
         for answer in several
     ]
-    return _encoded(reader, tokenizer, dictionary, answered, batch_size, progress)
 
 
 def answer_activations(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     dictionary: FeatureDictionary,
-    responses: Source,
+    responses: DatasetLike,
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
     progress: bool = False,
 ) -> AnswerActivations:
-    """One checkpoint's half of `realised_change`, for who compares several with the same one before."""
+    """One checkpoint's half of `measured_change`, for callers comparing several checkpoints with one baseline."""
+    point = check_dictionary(dictionary, model)
     rows = [(row.index, row.columns) for row in _checked(responses)]
-    loss = _tokenized_as(tokenizer, rows[0][1], max_length)
+    loss = _tokenized_as(tokenizer, rows[0][1], max_length, point.decoder)
     examples = loss.tokenize([(index, {"advantage": 0.0, **columns}) for index, columns in rows])
     prompts = {index: _prompt_of(columns) for index, columns in rows}
-    point = check_dictionary(dictionary, model)
     batches = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -217,7 +240,7 @@ def answer_activations(
     return _summed(point, dictionary, units, batches, progress)
 
 
-def _checked(responses: Source) -> list[Any]:
+def _checked(responses: DatasetLike) -> list[Any]:
     rows = list(iterate_rows(responses))
     if not rows:
         raise AuditError("There are no responses to compare the models on; give at least one.")
@@ -237,13 +260,17 @@ def _checked(responses: Source) -> list[Any]:
     return rows
 
 
-def _tokenized_as(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None) -> Loss:
+def _tokenized_as(
+    tokenizer: Processing, row: dict[str, Any], max_length: int | None, decoder: nn.Module
+) -> Loss:
     """Pairs as TRL's DPOTrainer cuts and ends them, single answers as a trainer that samples sees them."""
+    reader = text_tokenizer(tokenizer, decoder)
     if "chosen" not in row:
-        return PolicyGradientLoss(tokenizer, max_length)
+        return PolicyGradientLoss(reader, max_length)
     from trl import DPOConfig
 
-    return PreferenceLoss(tokenizer, DPOConfig("unused", max_length=max_length, bf16=False, report_to="none"))
+    args = DPOConfig("unused", max_length=max_length, bf16=False, report_to="none")
+    return PreferenceLoss(reader, args, tokenizer)
 
 
 def _prompt_of(columns: dict[str, Any]) -> str:
@@ -253,22 +280,25 @@ def _prompt_of(columns: dict[str, Any]) -> str:
     return "\n".join(as_text(columns[name]) for name in ANSWERS)
 
 
-def _encoded(
+def read_answers(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     dictionary: FeatureDictionary,
-    answered: Sequence[tuple[str, list[int], list[int]]],
-    batch_size: int,
-    progress: bool,
+    answered: Sequence[Answered],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+    found: AnswerPlaces | None = None,
 ) -> AnswerActivations:
-    """Of (prompt's text, prompt's ids, answer's ids)."""
+    """A model's reading of answers; `found` takes the places where features are most active, if they are wanted."""
     ids = [(prompt, answer) for _, prompt, answer in answered]
+    point = check_dictionary(dictionary, model)
     batches = [
         ([answered[place][0] for place in places], batch)
-        for places, batch in answer_batches(tokenizer, ids, batch_size)
+        for places, batch in answer_batches(text_tokenizer(tokenizer, point.decoder), ids, batch_size)
     ]
     units = [text for text, _, _ in answered]
-    return _summed(check_dictionary(dictionary, model), dictionary, units, batches, progress)
+    return _summed(point, dictionary, units, batches, progress, found)
 
 
 @torch.no_grad()
@@ -278,6 +308,7 @@ def _summed(
     prompts: Iterable[str],
     batches: Sequence[tuple[list[str], dict[str, Tensor]]],
     progress: bool,
+    found: AnswerPlaces | None = None,
 ) -> AnswerActivations:
     device = next(point.decoder.parameters()).device
     dictionary = dictionary.to(device)
@@ -293,8 +324,16 @@ def _summed(
         owner = torch.tensor([units[text] for text in texts])[:, None].expand(counted.shape)[counted]
         hidden = hidden_states(point, inputs)[counted.to(device)]
         np.add.at(tokens, owner.numpy(), 1)
-        for states, owners in zip(hidden.split(width), owner.to(device).split(width), strict=True):
+        row, number = counted.nonzero()[:, 0].to(device), (counted.cumsum(1) - 1)[counted].to(device)
+        if found is not None:
+            found.begin(batch)
+        parts = (part.split(width) for part in (hidden, owner.to(device), row, number))
+        for states, owners, rows, numbers in zip(*parts, strict=True):
             activations = dictionary.encode(states)
+            if found is not None:
+                found.add(activations, rows, numbers)
             sums.index_add_(0, owners, activations)
             active |= (activations != 0).any(0)
+        if found is not None:
+            found.end()
     return AnswerActivations(sums.cpu().numpy(), tokens, tuple(units), active.cpu().numpy())
