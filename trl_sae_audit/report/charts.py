@@ -1,4 +1,4 @@
-"""Lines over steps, as shapes for an SVG that stretches: drawn in 1000 × 100 units, words and ticks beside them in HTML."""
+"""Lines over steps, as shapes for a stretchable SVG of 1000 × 100 units. Words and ticks are HTML beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .text import plain
+from .text import format_number
 
 WIDTH, HEIGHT = 1000, 100
 _MOST_POINTS = 160
@@ -16,7 +16,7 @@ _MOST_POINTS = 160
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x ascending [n], y [n], where it has one the half width of its 95% interval [n], and its style's name."""
+    """One curve: ascending x [n], y [n], optionally the half width of its 95% interval [n], and the name of its style."""
 
     name: str
     x: np.ndarray
@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart ready for the template; positions of ticks are percent from the left and from the top."""
+    """A chart ready for the template. Positions of ticks are in percent from the left and from the top."""
 
     title: str
     unit: str
@@ -51,8 +51,8 @@ class Drawing:
     rows: list[list[str]]
 
 
-def thinned(line: Line, most: int = _MOST_POINTS) -> Line:
-    """At most `most` points, each the mean of consecutive ones; the margin of a mean is that of independent errors."""
+def thin_line(line: Line, most: int = _MOST_POINTS) -> Line:
+    """Reduce a line to at most `most` points, each the mean of consecutive ones. Margins combine as independent errors."""
     if len(line.x) <= most:
         return line
     pieces = np.array_split(np.arange(len(line.x)), most)
@@ -65,24 +65,26 @@ def thinned(line: Line, most: int = _MOST_POINTS) -> Line:
 
 
 def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None = None) -> Drawing | None:
-    """The chart of some lines, zero always on it; None if there is no finite point.
+    """Draw some lines in one chart that includes zero. None if there is no finite point.
 
     Args:
-        title: what is shown.
+        title: of the chart.
         lines: at most six.
-        unit: of y, for the axis.
-        top: where the y axis ends, for quantities with a natural end.
+        unit: of y.
+        top: end of the y axis, for quantities with a natural maximum.
     """
-    lines = [thinned(_finite(line)) for line in lines]
+    lines = [thin_line(_drop_nonfinite(line)) for line in lines]
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return None
     left, right = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
     highs = [line.y if line.margin is None else line.y + line.margin for line in lines]
     lows = [line.y if line.margin is None else line.y - line.margin for line in lines]
-    y_ticks = ticks(min(0.0, *(low.min() for low in lows)), max(0.0, *(high.max() for high in highs)), 4)
+    y_ticks = choose_ticks(
+        min(0.0, *(low.min() for low in lows)), max(0.0, *(high.max() for high in highs)), 4
+    )
     low, high = y_ticks[0], y_ticks[-1] if top is None else top
-    x_ticks = [tick for tick in ticks(left, right, 5, whole=True) if left <= tick <= right]
+    x_ticks = [tick for tick in choose_ticks(left, right, 5, whole=True) if left <= tick <= right]
 
     def across(x: float) -> float:
         return WIDTH / 2 if right == left else WIDTH * (x - left) / (right - left)
@@ -93,17 +95,17 @@ def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None
     return Drawing(
         title,
         unit,
-        [_shape(line, line.style or f"line-{place}", across, down) for place, line in enumerate(lines)],
+        [_draw_line(line, line.style or f"line-{place}", across, down) for place, line in enumerate(lines)],
         [(across(tick) / WIDTH * 100, f"{tick:,.0f}") for tick in x_ticks],
-        [(down(tick), plain(tick)) for tick in y_ticks if low <= tick <= high],
+        [(down(tick), format_number(tick)) for tick in y_ticks if low <= tick <= high],
         down(0.0),
-        "; ".join(_described(line) for line in lines),
+        "; ".join(_describe(line) for line in lines),
         ["step", *(line.name for line in lines)],
         _table(lines),
     )
 
 
-def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+def choose_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
     if not high > low:
         high = low + (abs(low) or 1.0)
@@ -116,13 +118,15 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
-def _finite(line: Line) -> Line:
+def _drop_nonfinite(line: Line) -> Line:
     keep = np.isfinite(line.y)
     margin = None if line.margin is None else np.nan_to_num(line.margin[keep])
     return replace(line, x=np.asarray(line.x, float)[keep], y=np.asarray(line.y, float)[keep], margin=margin)
 
 
-def _shape(line: Line, style: str, across: Callable[[float], float], down: Callable[[float], float]) -> Shape:
+def _draw_line(
+    line: Line, style: str, across: Callable[[float], float], down: Callable[[float], float]
+) -> Shape:
     points = [(across(x), down(y)) for x, y in zip(line.x, line.y, strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.2f}" for x, y in points)
     band = ""
@@ -133,15 +137,16 @@ def _shape(line: Line, style: str, across: Callable[[float], float], down: Calla
     return Shape(line.name, style, path, band, points if len(points) == 1 else [])
 
 
-def _described(line: Line) -> str:
+def _describe(line: Line) -> str:
     if len(line.x) == 1:
-        return f"{line.name}: {plain(line.y[0])} at step {line.x[0]:.0f}"
-    return f"{line.name}: from {plain(line.y[0])} at step {line.x[0]:.0f} to {plain(line.y[-1])} at step {line.x[-1]:.0f}"
+        return f"{line.name}: {format_number(line.y[0])} at step {line.x[0]:.0f}"
+    return f"{line.name}: from {format_number(line.y[0])} at step {line.x[0]:.0f} to {format_number(line.y[-1])} at step {line.x[-1]:.0f}"
 
 
 def _table(lines: Sequence[Line], most: int = 12) -> list[list[str]]:
     x = max((line.x for line in lines), key=len)
     chosen = x[np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(int))]
     return [
-        [f"{step:.0f}", *(plain(float(np.interp(step, line.x, line.y))) for line in lines)] for step in chosen
+        [f"{step:.0f}", *(format_number(float(np.interp(step, line.x, line.y))) for line in lines)]
+        for step in chosen
     ]

@@ -1,16 +1,20 @@
-"""The page's curves: from tables of the record to drawings."""
+"""The page's curves, drawn from the tables of the record."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
+from ..metric_names import PENALTY, SHAPED_REWARD, parse_feature_metric
+from ..statistics import NORMAL_QUANTILE
+from ..text import sanitize_excerpt
 from .charts import Drawing, Line, draw
-from .comparison import FeatureRow, view_like
-from .sentences import named
-from .sources import Source, View
-from .text import shown
+from .comparison import FeatureRow, find_view
+from .lead import known_leads, read_lead
+from .sentences import name_feature
+from .sources import ReportSource, View
 
 _TRAINER_CHARTS = (
     "loss", "reward", "rewards/margins", "rewards/accuracies", "objective/scores", "objective/rlhf_reward", "kl",
@@ -18,80 +22,116 @@ _TRAINER_CHARTS = (
 )  # fmt: skip
 
 
-def watched_charts(source: Source, view: View) -> list[Drawing]:
-    """Each watched feature's attribution over the steps, in all and by side."""
+@dataclass(frozen=True)
+class _Score:
+    """Columns of the table of steps: the score, its standard error, and its two sides."""
+
+    name: str
+    error: str
+    sides: tuple[str, str]
+
+
+_SELECTION = _Score("selection", "selection_standard_error", ("selection_positive", "selection_negative"))
+_ATTRIBUTION = _Score("attribution", "standard_error", ("positive", "negative"))
+
+
+def _score_of(tables: Sequence[pd.DataFrame]) -> _Score:
+    """Selection, where every table has it; otherwise attribution."""
+    known = all("selection" in steps and steps["selection"].notna().any() for steps in tables)
+    return _SELECTION if known else _ATTRIBUTION
+
+
+def draw_watched(source: ReportSource, view: View) -> list[Drawing]:
+    """What each step selected of each watched feature, or asked of it, in total and by side."""
     steps = view.tables.get("steps")
     if steps is None:
         return []
-    charts = []
+    score, charts = _score_of([steps]), []
     for label, feature in view.watched.items():
         rows = steps[steps["feature"] == feature]
         step = rows["step"].to_numpy()
-        lines = [
-            Line("in all", step, rows["attribution"].to_numpy(), 1.96 * rows["standard_error"].to_numpy())
-        ]
+        margin = NORMAL_QUANTILE * rows[score.error].to_numpy()
+        lines = [Line("total", step, rows[score.name].to_numpy(), margin)]
         if source.sides:
             lines += [
                 Line(side, step, rows[column].to_numpy())
-                for side, column in zip(source.sides, ("chosen", "rejected"), strict=True)
+                for side, column in zip(source.sides, score.sides, strict=True)
             ]
-        charts.append(draw(named(feature, shown(label, 80)), lines, "attribution in a step"))
+        charts.append(
+            draw(name_feature(feature, sanitize_excerpt(label, 80)), lines, f"{score.name} in a step")
+        )
     return [chart for chart in charts if chart is not None]
 
 
-def compared_charts(rows: Sequence[FeatureRow], sources: Sequence[Source], most: int = 4) -> list[Drawing]:
+def draw_generation_drift(view: View) -> Drawing | None:
+    """How the watched features moved in what the model writes, over the looks."""
+    known = view.over_time.get("generation_drift")
+    if known is None or len(known.bins) < 2:
+        return None
+    lines = [
+        Line(sanitize_excerpt(label, 40), known.bins[:, 1], known.values[:, feature])
+        for label, feature in list(view.watched.items())[:6]
+    ]
+    return draw("In what the model writes, against the start", lines, "drift, in standard deviations")
+
+
+def draw_compared(
+    rows: Sequence[FeatureRow], sources: Sequence[ReportSource], most: int = 4
+) -> list[Drawing]:
     """The first watched features of a comparison, in every run that recorded them."""
     main = sources[0].views[0]
-    views = [view_like(source, main) for source in sources]
+    views = [find_view(source, main) for source in sources]
+    known = [
+        (place, source.name, view.tables["steps"])
+        for place, (source, view) in enumerate(zip(sources, views, strict=True))
+        if view and "steps" in view.tables
+    ]
+    score = _score_of([steps for *_, steps in known])
     charts = []
     for row in [row for row in rows if row.label][:most]:
         lines = []
-        for place, (source, view) in enumerate(zip(sources, views, strict=True)):
-            steps = view.tables.get("steps") if view else None
-            own = None if steps is None else steps[steps["feature"] == row.feature]
-            if own is not None and len(own):
-                lines.append(
-                    Line(
-                        source.name,
-                        own["step"].to_numpy(),
-                        own["attribution"].to_numpy(),
-                        style=f"run-{place % 6}",
-                    )
-                )
+        for place, name, steps in known:
+            own = steps[steps["feature"] == row.feature]
+            if len(own):
+                step, values = own["step"].to_numpy(), own[score.name].to_numpy()
+                lines.append(Line(name, step, values, style=f"run-{place % 6}"))
         if len(lines) > 1:
-            charts.append(draw(named(row.feature, shown(row.label, 80)), lines, "attribution in a step"))
+            title = name_feature(row.feature, sanitize_excerpt(row.label, 80))
+            charts.append(draw(title, lines, f"{score.name} in a step"))
     return [chart for chart in charts if chart is not None]
 
 
-def largest_charts(view: View, most: int = 4) -> list[Drawing]:
-    """Where nothing is watched: the largest features, from the map's time bins."""
-    if view.means is None or view.bins is None or len(view.bins) < 2:
+def draw_largest(view: View, most: int = 4) -> list[Drawing]:
+    """The features in front over the time bins of what leads. For runs that watch nothing."""
+    lead = known_leads(view.features)[0]
+    score = "generation_drift" if lead.name == "generation_effect_size" else lead.name
+    known = view.over_time.get(score) or view.over_time.get("attribution")
+    if known is None or len(known.bins) < 2:
         return []
-    middle = view.bins.mean(axis=1)
-    largest = view.features.reindex(view.features["attribution"].abs().nlargest(most).index)
+    at = known.bins[:, 1] if known.level else known.bins.mean(axis=1)
+    unit = "drift, in standard deviations" if known.level else f"mean {lead.heading} a step"
+    largest = view.features.loc[read_lead(view.features, lead)["rank"].nlargest(most).index]
     charts = [
-        draw(
-            f"feature {feature}", [Line("in all", middle, view.means[:, feature])], "mean attribution a step"
-        )
+        draw(f"feature {feature}", [Line("total", at, known.values[:, feature])], unit)
         for feature in largest["feature"]
     ]
     return [chart for chart in charts if chart is not None]
 
 
-def drift_chart(view: View) -> Drawing | None:
-    """What happened to the watched features on the probe."""
+def draw_drift(view: View) -> Drawing | None:
+    """The drift of the watched features on the probe."""
     rows = view.tables.get("drift")
     if rows is None:
         return None
     lines = [
-        Line(shown(str(label), 40), part["step"].to_numpy(), part["drift"].to_numpy())
+        Line(sanitize_excerpt(str(label), 40), part["step"].to_numpy(), part["drift"].to_numpy())
         for label, part in list(rows.groupby("label", sort=False))[:6]
     ]
     return draw("Drift: change of the mean activation on the probe texts", lines, "activation")
 
 
-def gradient_charts(view: View) -> list[Drawing]:
-    """Norm and coverage of the gradient, fit of the dictionary."""
+def draw_gradient(view: View) -> list[Drawing]:
+    """Norm and coverage of the gradient, and fit of the dictionary."""
     charts: list[Drawing | None] = []
     gradient, health = view.tables.get("gradient"), view.tables.get("health")
     if gradient is not None:
@@ -102,10 +142,12 @@ def gradient_charts(view: View) -> list[Drawing]:
         )
         charts.append(
             draw(
-                "Coverage: what the largest features hold of the gradient",
+                "Coverage: share of the gradient in the span of the largest features",
                 [
                     Line("largest features", step, gradient["coverage"].to_numpy()),
-                    Line("as many random directions", step, gradient["coverage_random"].to_numpy()),
+                    Line(
+                        "the same number of random directions", step, gradient["coverage_random"].to_numpy()
+                    ),
                 ],
                 "share of ‖G‖²",
             )
@@ -114,26 +156,26 @@ def gradient_charts(view: View) -> list[Drawing]:
         step = health["step"].to_numpy()
         charts.append(
             draw(
-                "Fit: variance the dictionary leaves unexplained",
+                "Fit: variance that the dictionary leaves unexplained",
                 [
-                    Line("of a usual token", step, health["token_fvu"].to_numpy()),
-                    Line("of all variance", step, health["fvu"].to_numpy()),
+                    Line("typical token", step, health["token_fvu"].to_numpy()),
+                    Line("all tokens", step, health["fvu"].to_numpy()),
                 ],
                 "share",
             )
         )
         charts.append(
-            draw("Active features a token", [Line("L0", step, health["l0"].to_numpy())], "features")
+            draw("Active features per token", [Line("L0", step, health["l0"].to_numpy())], "features")
         )
     return [chart for chart in charts if chart is not None]
 
 
-def shaping_charts(source: Source) -> list[Drawing]:
-    """Reward and penalty, scores and coefficients, from the trainer's log; empty for a run that was not shaped."""
-    logged = _logged(source)
-    if "shaping/penalty" not in logged:
+def draw_shaping(source: ReportSource) -> list[Drawing]:
+    """Reward and penalty, scores and coefficients, from the trainer's log. Empty for a run that was not shaped."""
+    logged = _group_log(source)
+    if PENALTY not in logged:
         return []
-    pairs = [("inner reward", "shaping/reward"), ("penalty taken off", "shaping/penalty")]
+    pairs = [("reward before shaping", SHAPED_REWARD), ("penalty", PENALTY)]
     charts = [
         draw(
             "Reward and penalty",
@@ -143,25 +185,25 @@ def shaping_charts(source: Source) -> list[Drawing]:
     ]
     for ending, title in (
         ("score", "Score of the flagged features"),
-        ("coefficient", "Coefficient: what a unit of score costs"),
+        ("coefficient", "Coefficient: penalty per unit of score"),
     ):
         lines = [
-            _log_line(shown(name.split("/", 1)[1].rsplit("/", 1)[0], 40), rows)
+            _log_line(sanitize_excerpt(metric.label, 40), rows)
             for name, rows in logged.items()
-            if name.startswith("shaping/") and name.endswith(f"/{ending}")
+            if (metric := parse_feature_metric(name)) and metric.score == ending
         ]
         charts.append(draw(title, lines[:6], ending))
     return [chart for chart in charts if chart is not None]
 
 
-def trainer_charts(source: Source) -> list[Drawing]:
-    """What the trainer itself logged, of the usual names."""
-    logged = _logged(source)
+def draw_trainer_log(source: ReportSource) -> list[Drawing]:
+    """The usual metrics that the trainer itself logged."""
+    logged = _group_log(source)
     charts = [draw(name, [_log_line(name, logged[name])], "") for name in _TRAINER_CHARTS if name in logged]
     return [chart for chart in charts if chart is not None]
 
 
-def _logged(source: Source) -> dict[str, pd.DataFrame]:
+def _group_log(source: ReportSource) -> dict[str, pd.DataFrame]:
     if source.log is None or not len(source.log):
         return {}
     return {str(name): rows for name, rows in source.log.groupby("name", sort=False)}

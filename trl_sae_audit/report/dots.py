@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..text import sanitize_excerpt
 from .axes import Scale, Whisker
 from .comparison import FeatureRow, Measure
-from .sentences import named
-from .sources import Source
-from .text import plain, shown, signed
+from .sentences import name_feature
+from .sources import ReportSource
+from .text import format_number, format_signed
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class DotRow:
-    """A measure or a feature, a dot for each run."""
+    """A measure or a feature, with a dot for each run."""
 
     name: str
     feature: int | None
@@ -40,15 +41,15 @@ class DotRow:
 
 @dataclass(frozen=True)
 class DotPlot:
-    """Rows on one axis, or each on its own."""
+    """Rows on one common axis, or each on its own."""
 
     rows: list[DotRow]
     unit: str
     ends: tuple[str, str] | None
 
 
-def outcome_plot(measures: Sequence[Measure], sources: Sequence[Source]) -> DotPlot:
-    """The measures, each run a dot. Shares stand on an axis from 0 to 100 %, other numbers on one of their own."""
+def plot_outcomes(measures: Sequence[Measure], sources: Sequence[ReportSource]) -> DotPlot:
+    """Plot the measures, with a dot per run. Shares have an axis from 0 to 100 %, other numbers their own."""
     rows = []
     for measure in measures:
         axis = (0.0, 1.0) if measure.unit == "share" else _axis(measure)
@@ -71,7 +72,9 @@ def outcome_plot(measures: Sequence[Measure], sources: Sequence[Source]) -> DotP
 
 
 def _axis(measure: Measure) -> tuple[float, float]:
-    ends = [value for one in measure.all for value in (one.low, one.estimate, one.high) if value is not None]
+    ends = [
+        value for each in measure.all for value in (each.low, each.estimate, each.high) if value is not None
+    ]
     low, high = min(0.0, *ends), max(0.0, *ends)
     return (low, high) if high > low else (low, low + 1.0)
 
@@ -92,22 +95,23 @@ def _gap(gap: Any, unit: str, against: str) -> str:
         return ""
     factor, ending = (100, " points") if unit == "share" else (1, "")
     digits = 2 if unit == "share" else 3
-    text = f"{signed(gap.estimate * factor, digits)}{ending} from {against}"
+    text = f"{format_signed(gap.estimate * factor, digits)}{ending} from {against}"
     if not math.isfinite(gap.low):
         return text
-    text += f" ({signed(gap.low * factor, digits)} to {signed(gap.high * factor, digits)})"
+    text += f" ({format_signed(gap.low * factor, digits)} to {format_signed(gap.high * factor, digits)})"
     return text if gap.clear else f"{text}, not clear"
 
 
-def feature_plot(
-    rows: Sequence[FeatureRow], sources: Sequence[Source], hints: dict[int, str]
+def plot_features(
+    rows: Sequence[FeatureRow], sources: Sequence[ReportSource], hints: dict[int, str]
 ) -> DotPlot | None:
-    """Features side by side, attribution per step on one axis; None if there is nothing to compare."""
+    """Plot features side by side: the leading score on one axis. None if there is nothing to compare."""
     if not rows:
         return None
     values = [value for row in rows for value in row.values if value is not None]
-    scale = Scale.of(np.array([value for value, _ in values]))
-    reach = max(abs(value) + (margin if math.isfinite(margin) else 0) for value, margin in values) or 1.0
+    scale = Scale.of(np.array([value.estimate for value in values]))
+    ends = [abs(end) for value in values for end in (value.estimate, value.low, value.high)]
+    reach = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
     plotted = []
     for row in rows:
         dots = []
@@ -116,17 +120,24 @@ def feature_plot(
                 continue
             gap = row.differences[place]
             note = "" if gap is None else "differs" if gap.clear else "no clear difference"
+            if row.lead.name != "attribution" and value.rises:
+                note = f"rises{'; ' if note else ''}{note}"
             dots.append(
                 Dot(
                     place,
                     source.name,
-                    Whisker.on((-reach, reach), *value),
-                    signed(scale(value[0])),
-                    f"± {plain(scale(value[1]), 2)}",
+                    Whisker.on((-reach, reach), value.estimate, value.margin),
+                    format_signed(scale(value.estimate)),
+                    f"± {format_number(scale(value.margin), 2)}",
                     note,
                 )
             )
         plotted.append(
-            DotRow(named(row.feature, shown(row.label, 80)), row.feature, hints.get(row.feature, ""), dots)
+            DotRow(
+                name_feature(row.feature, sanitize_excerpt(row.label, 80)),
+                row.feature,
+                hints.get(row.feature, ""),
+                dots,
+            )
         )
-    return DotPlot(plotted, scale.unit, (signed(scale(-reach), 2), signed(scale(reach), 2)))
+    return DotPlot(plotted, scale.unit, (format_signed(scale(-reach), 2), format_signed(scale(reach), 2)))

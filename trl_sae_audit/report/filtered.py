@@ -1,8 +1,7 @@
-"""What a filter dropped, and why, read from the directory it wrote."""
+"""Which rows a filter dropped, and why, read from the directory it wrote."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,25 +12,22 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from ..errors import AuditError
-from ..filter_plan import rule_of
-from ..untrusted import is_inside, read_json
-from ..untrusted_tables import read_frame
+from ..filtering.check import describe_check
+from ..filtering.plan import describe_rule
+from ..io.manifest import MANIFEST, read_manifest, reading, stored_files
+from ..io.tables import read_frame
+from ..text import sanitize_excerpt
 from .axes import Scale
-from .text import counted, plain, shown, signed
+from .text import format_count, format_number, format_signed
 
 _MOST_ROWS = 30
 _LONGEST = 400
-_COLUMNS = {
-    "attribution_before": "before",
-    "attribution_after": "after",
-    "attribution_control": "as many at random",
-}
+_WHEN = {"before": "before", "after": "after", "control": "random rows dropped"}
 
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A row that left the data: its number, its score, why, and its texts by column."""
+    """A dropped row: its number, score, reason, and texts by column."""
 
     row: int
     score: str
@@ -40,109 +36,108 @@ class DroppedRow:
 
 
 @dataclass(frozen=True)
-class Filtered:
+class FilterSummary:
     """What a filter did.
 
     Attributes:
-        sentence: counts and rule.
-        unit: of the flags' attribution.
-        columns, flags: their names; a name and its cells for each flag.
-        rows: the highest scores first.
+        sentences: counts and rule, and what a step on the kept rows is predicted to do.
+        columns, flags: names of the columns; a name and its cells for each flag.
+        rows: highest scores first.
         total: how many were dropped.
     """
 
-    sentence: str
-    unit: str
+    sentences: list[str]
     columns: list[str]
     flags: list[tuple[str, list[str]]]
     rows: list[DroppedRow]
     total: int
 
 
-def read_filtered(directory: str | os.PathLike[str]) -> Filtered:
+def read_filtered(directory: str | os.PathLike[str]) -> FilterSummary:
     """Read the output directory of `filter`.
 
     Raises:
-        AuditError: it is none, or is damaged.
+        AuditError: it is not one, or it is damaged.
     """
     directory = Path(directory)
-    try:
-        record = read_json(directory / "filter.json")
+    manifest = read_manifest(directory, "filtered")
+    for stored in stored_files(manifest):
+        if stored.file.startswith(("decisions", "dropped")):
+            stored.check_on_disk(directory)
+    with reading(directory / MANIFEST):
         decisions = read_frame(directory / "decisions.parquet", columns=("row", "action", "score", "reason"))
         if not all(is_numeric_dtype(decisions[name].dtype) for name in ("row", "score")):
             raise ValueError("the rows or scores in decisions.parquet are not numbers")
-        return _filtered(directory, record, decisions)
-    except AuditError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        StopIteration,
-        OverflowError,
-    ) as error:
-        raise AuditError(
-            f"{directory} was not written by `filter`, or is damaged ({error}); pass the output_dir of trl-sae-audit filter."
-        ) from error
+        return _summarize(directory, manifest, decisions)
 
 
-def _filtered(directory: Path, record: Mapping[str, Any], decisions: pd.DataFrame) -> Filtered:
-    summary, settings, files = record["summary"], record["settings"], record["files"]
-    if not isinstance(files["dropped"], str) or not is_inside(directory, files["dropped"]):
-        raise ValueError(f"it names the file {files['dropped']!r}, which does not lie in it")
+def _summarize(directory: Path, manifest: Mapping[str, Any], decisions: pd.DataFrame) -> FilterSummary:
+    summary, config = manifest["summary"], manifest["config"]
     parts = [
-        f"{counted(summary[name], 'row')} {name}"
-        for name in ("dropped", "flipped", "weighted")
+        f"{format_count(summary[name], 'row')} {name}"
+        for name in ("dropped", "flipped", "weighted", "repeated")
         if summary[name]
     ]
     sentence = (
-        f"Of {counted(summary['rows'], 'row')}, {summary['kept']:,} were kept"
+        f"Of {format_count(summary['rows'], 'row')}, {summary['kept']:,} were kept"
         + (f": {', '.join(parts)}" if parts else "")
-        + f" (strategy {settings['strategy']}, by {_score(settings['score'])}, {rule_of(settings)})."
+        + f" (strategy {config['strategy']}, by {config['score']}, {describe_rule(config)})."
     )
     dropped = decisions[decisions["action"] == "drop"].sort_values("score", ascending=False).head(_MOST_ROWS)
-    texts = _texts(directory / files["dropped"], set(dropped["row"]))
+    file = next(stored.file for stored in stored_files(manifest) if stored.file.startswith("dropped"))
+    texts = _read_texts(directory / file.partition("/")[0], set(dropped["row"]))
     rows = [
         DroppedRow(
             int(row["row"]),
-            plain(row["score"]),
-            shown(row["reason"], _LONGEST),
+            format_number(row["score"]),
+            sanitize_excerpt(row["reason"], _LONGEST),
             texts.get(int(row["row"]), []),
         )
         for row in dropped.to_dict("records")
     ]
-    columns = [name for name in _COLUMNS if summary["flags"] and name in summary["flags"][0]]
-    scale = Scale.of(np.array([flag[name] for flag in summary["flags"] for name in columns], float))
-    flags = [
-        (
-            shown(flag["label"] or f"feature {flag['feature']}", 80),
-            [signed(scale(flag[name])) for name in columns],
-        )
-        for flag in summary["flags"]
-    ]
-    return Filtered(
-        sentence, scale.unit, [_COLUMNS[name] for name in columns], flags, rows, int(summary["dropped"])
-    )
+    columns, flags = _flag_table(summary)
+    checked = describe_check(summary["check"]) if "check" in summary else []
+    return FilterSummary([sentence, *checked], columns, flags, rows, int(summary["dropped"]))
 
 
-def _score(score: Any) -> str:
-    return score if isinstance(score, str) else json.dumps(score)
+def _flag_table(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Of each flag the predicted effect, where it was predicted again, then disparity, then attribution; before and after."""
+    flags = summary["flags"]
+    predicted = summary["check"]["flags"] if "check" in summary else [{}] * len(flags)
+    columns: list[str] = []
+    cells: list[list[str]] = [[] for _ in flags]
+    for title, prefix, entries in (
+        ("effect size", "", predicted),
+        ("disparity", "disparity_", flags),
+        ("attribution", "attribution_", flags),
+    ):
+        names = [f"{prefix}{when}" for when in _WHEN if entries and f"{prefix}{when}" in entries[0]]
+        scale = Scale.of(np.array([entry[name] for entry in entries for name in names], float))
+        for name in names:
+            columns.append(f"{title} {_WHEN[name.removeprefix(prefix)]}{scale.unit}")
+            for row, entry in zip(cells, entries, strict=True):
+                row.append(format_signed(scale(entry[name])))
+                if f"{name}_low" in entry:
+                    row[-1] += (
+                        f" ± {format_number(scale(entry[f'{name}_high'] - entry[f'{name}_low']) / 2, 2)}"
+                    )
+                elif f"{name}_margin" in entry:
+                    row[-1] += f" ± {format_number(scale(entry[f'{name}_margin']), 2)}"
+    names = [sanitize_excerpt(flag["label"] or f"feature {flag['feature']}", 80) for flag in flags]
+    return columns, list(zip(names, cells, strict=True))
 
 
-def _texts(path: Path, wanted: set[int]) -> dict[int, list[tuple[str, str]]]:
-    from ..preferences import as_text, iterate_rows  # imports datasets
+def _read_texts(path: Path, wanted: set[int]) -> dict[int, list[tuple[str, str]]]:
+    from ..data.preferences import as_text, iterate_rows  # imports datasets
 
-    found = {}
+    texts = {}
     for row in iterate_rows(path):
         columns = row.columns or {}
         number = columns.get("audit_row")
         if number in wanted:
-            found[int(number)] = [
-                (name, shown(as_text(columns[name]), _LONGEST))
+            texts[int(number)] = [
+                (name, sanitize_excerpt(as_text(columns[name]), _LONGEST))
                 for name in ("prompt", "chosen", "rejected")
                 if columns.get(name) is not None
             ]
-    return found
+    return texts

@@ -1,45 +1,53 @@
-"""What the page's script needs, as JSON that nothing in it can break out of."""
+"""The data of the page's script, as JSON whose content cannot end the script element."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..evidence_files import Evidence, Example, Token
-from .text import shown
+from ..audit.evidence_files import Context, Evidence
+from ..text import sanitize_excerpt
+from .lead import known_leads, read_lead
+from .sources import FeatureContexts
 
 MOST_FEATURES = 65_536
 _COLUMNS = (
-    "attribution", "margin", "share", "lift", "q_value", "chosen", "rejected", "trend_tau", "trend_q_value",
-    "length_correlation", "disparity", "predicted_change", "active_examples",
+    "lead", "lead_margin", "lead_q", "clear", "selection", "disparity", "predicted_change", "attribution", "margin", "q_value", "share",
+    "lift", "positive", "negative", "trend_tau", "trend_q_value", "length_correlation", "active_examples",
 )  # fmt: skip
-_MOST_TOKENS = 120
+_LONGEST_TEXT = 300
+_MOST_WORDS = 8192
 _LONGEST_TOKEN = 40
 
 
-def as_json(data: Any) -> str:
-    """JSON for a script element: ASCII only, and without a character that means something in HTML."""
+def encode_json(data: Any) -> str:
+    """Encode as JSON for a script element: ASCII only, without characters that have a meaning in HTML."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def base64_floats(values: np.ndarray) -> str:
-    """float32, little endian, base64."""
+def encode_floats(values: np.ndarray) -> str:
+    """Encode as base64 of little-endian float32."""
     return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
 
 
-def packed_features(features: pd.DataFrame, most: int = MOST_FEATURES) -> dict[str, Any]:
-    """The columns of the table of all features, largest |attribution| first, at most `most` of them.
+def pack_features(features: pd.DataFrame, most: int = MOST_FEATURES) -> dict[str, Any]:
+    """Pack the table of all features, the largest leading score first, at most `most` of them.
 
-    A labelled feature is in it whatever its size. Column → base64 of float32; `feature` of uint32.
+    Labelled features are always included. Column → base64 of float32; `feature` of uint32.
     """
-    size = features["attribution"].abs().to_numpy()
-    order = np.argsort(-np.nan_to_num(size), kind="stable")
+    score = read_lead(features, known_leads(features)[0])
+    features = features.assign(
+        lead=score["value"],
+        lead_margin=(score["high"] - score["low"]) / 2,
+        lead_q=score["q"],
+        clear=score["clear"].astype(float),
+    )
+    order = np.argsort(-score["rank"].to_numpy(), kind="stable")
     if len(order) > most:
         labelled = np.flatnonzero(features["label"].to_numpy() != "")
         order = np.concatenate([order[:most], labelled[~np.isin(labelled, order[:most])]])
@@ -49,55 +57,58 @@ def packed_features(features: pd.DataFrame, most: int = MOST_FEATURES) -> dict[s
         "count": len(shown_rows),
         "feature": base64.b64encode(numbers.tobytes()).decode(),
         "columns": {
-            name: base64_floats(shown_rows[name].to_numpy()) for name in _COLUMNS if name in shown_rows
+            name: encode_floats(shown_rows[name].to_numpy()) for name in _COLUMNS if name in shown_rows
+        },
+        "words": {
+            str(feature): sanitize_excerpt(words, 100)
+            for feature, words in zip(
+                shown_rows["feature"][:_MOST_WORDS], shown_rows["words"][:_MOST_WORDS], strict=True
+            )
+            if words
         },
         "labels": {
-            str(feature): shown(label, 80)
+            str(feature): sanitize_excerpt(label, 80)
             for feature, label in zip(shown_rows["feature"], shown_rows["label"], strict=True)
             if label
         },
     }
 
 
-def card(evidence: Evidence) -> dict[str, Any]:
-    """What a card shows of the evidence, its texts made harmless and short."""
+def build_card(evidence: Evidence | None, shown: FeatureContexts | None) -> dict[str, Any]:
+    """Build the content of a feature's card, with its texts sanitized and shortened.
+
+    Contexts come with the run record or the audit, vocabulary with the audit; label and link with the evidence, which has both of its own.
+    """
+    contexts = (shown.contexts if shown else []) or (evidence.contexts if evidence else [])
+    words = (shown.words if shown else "") or (evidence.words if evidence else "")
+    promotes, suppresses = (
+        (vars(shown)[name] if shown else []) or (vars(evidence)[name] if evidence else [])
+        for name in ("promotes", "suppresses")
+    )
     return {
-        "label": shown(evidence.label, 200),
-        "promotes": [shown(token, _LONGEST_TOKEN) for token in evidence.promotes],
-        "suppresses": [shown(token, _LONGEST_TOKEN) for token in evidence.suppresses],
-        "link": evidence.link if evidence.link and evidence.link.startswith("https://") else None,
-        "examples": [_example(example) for example in evidence.examples],
+        "label": sanitize_excerpt(evidence.label, 200) if evidence else "",
+        "words": sanitize_excerpt(words, 200),
+        "promotes": [sanitize_excerpt(token, _LONGEST_TOKEN) for token in promotes],
+        "suppresses": [sanitize_excerpt(token, _LONGEST_TOKEN) for token in suppresses],
+        "link": evidence.link
+        if evidence and evidence.link and evidence.link.startswith("https://")
+        else None,
+        "contexts": [_context(context) for context in contexts],
+        "density": None if shown is None or shown.density is None else _number(shown.density),
+        "histogram": None if shown is None else shown.histogram,
     }
 
 
-def _example(example: Example) -> dict[str, Any]:
+def _context(context: Context) -> dict[str, Any]:
     return {
-        "row": example.row,
-        "attribution": _number(example.attribution),
-        "prompt": shown(example.prompt, 600),
-        "answers": [
-            {
-                "side": side,
-                **_tokens(tokens),
-                "text": "" if tokens else shown(example.answers.get(side, ""), 600),
-            }
-            for side, tokens in example.tokens.items()
-        ],
-    }
-
-
-def _tokens(tokens: list[Token]) -> Mapping[str, Any]:
-    """The tokens around the one with the largest part, and how many are left out before and after."""
-    sizes = [abs(token.attribution) for token in tokens]
-    centre = sizes.index(max(sizes)) if sizes else 0
-    start = max(0, min(centre - _MOST_TOKENS // 2, len(tokens) - _MOST_TOKENS))
-    kept = tokens[start : start + _MOST_TOKENS]
-    return {
-        "before": start,
-        "after": len(tokens) - start - len(kept),
-        "tokens": [shown(token.text, _LONGEST_TOKEN) for token in kept],
-        "activation": [_number(token.activation) for token in kept],
-        "attribution_of": [_number(token.attribution) for token in kept],
+        "kind": context.kind,
+        "source": sanitize_excerpt(context.source, _LONGEST_TOKEN),
+        "row": context.row,
+        "activation": _number(context.activation),
+        "prompt": sanitize_excerpt(context.prompt[-_LONGEST_TEXT:], _LONGEST_TEXT),
+        "before": sanitize_excerpt(context.before[-_LONGEST_TEXT:], _LONGEST_TEXT),
+        "at": sanitize_excerpt(context.at, _LONGEST_TOKEN),
+        "after": sanitize_excerpt(context.after, _LONGEST_TEXT),
     }
 
 

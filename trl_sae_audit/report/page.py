@@ -1,12 +1,11 @@
-"""The page: what was read, put into the template, written as one file."""
+"""The page: fills the template with what was read and writes it as one file."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -17,21 +16,28 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..errors import AuditError
-from ..record_files import write_durably
+from ..io.atomic import write_durably
+from ..text import sanitize_excerpt
 from . import curves, sentences
-from .charts import Drawing
+from .columns import MAP_NAMES, define_columns
 from .comparison import compare_features, compare_outcomes
-from .curriculum import Map, curriculum_map, map_note
-from .dots import feature_plot, outcome_plot
+from .contents import name_sections
+from .dots import plot_features, plot_outcomes
 from .filtered import read_filtered
-from .packing import MOST_FEATURES, as_json, base64_floats, card, packed_features
-from .sources import Source, View, open_source, with_audit
-from .tables import HeadTable, head_table, hint
-from .text import plain, shown
-from .verified import read_verified
+from .front import build_front, name_group
+from .links import link_features
+from .packing import encode_json
+from .panels import build_panel, pack_panel
+from .rollouts import build_reader, name_features
+from .sources import ReportSource, add_audit, open_source
+from .tables import describe_feature
+from .text import format_number
+from .topics import read_families, read_topic_section
+from .verified import VerifiedSamples, read_verified, read_verified_samples
 
 PathLike = str | os.PathLike[str]
 
+_SCRIPTS = ("base.js", "columns.js", "features.js", "card.js", "map.js", "page.js")
 _USUAL_NAMES = ("record", "sae_audit", "audit")
 
 
@@ -46,21 +52,23 @@ def write_report(
     filtered: PathLike | None = None,
     verified: PathLike | None = None,
     reload_seconds: float | None = None,
+    version: int | None = None,
 ) -> Path:
     """Write one self-contained HTML file about run records and audits.
 
     Args:
         sources: directories of run records or audits. The page is about the first; the others are compared with it.
-            Outcomes and evidence that lie in them are shown.
+            Outcomes and evidence in them are shown.
         output: the file; by default `report.html` in the first directory.
-        names: what to call the sources, one each; by default their directories' names.
+        names: of the sources, one each; by default their directories' names.
         title: the page's heading; by default made from the first source.
         note: a paragraph under the heading, plain text: what a reader must know of these runs.
         audit: directory of an audit of the first run's data with the same dictionary, for what a run cannot know:
             disparity, correlation with length, driving examples.
         filtered: directory that `filter` wrote, to show what was dropped and why.
         verified: directory that `verify` wrote, to show how well the scores predicted what training did.
-        reload_seconds: the page loads itself again that often, for a run that goes on.
+        reload_seconds: interval at which the page reloads itself, for a run that is still going.
+        version: of a page that is served: it reloads itself only when what is served beside it as `version` is another number.
 
     Returns:
         The file that was written.
@@ -70,13 +78,14 @@ def write_report(
     """
     opened = open_sources(sources, names)
     if audit is not None:
-        opened[0] = with_audit(opened[0], open_source(audit))
+        opened[0] = add_audit(opened[0], open_source(audit))
     target = Path(output) if output is not None else opened[0].directory / "report.html"
     beside = {
         "filtered": read_filtered(filtered) if filtered is not None else None,
         "verified": read_verified(verified) if verified is not None else None,
+        "samples": read_verified_samples(verified) if verified is not None else None,
     }
-    page = _render(opened, title, note, beside, reload_seconds)
+    page = _render(opened, title, note, beside, reload_seconds, version)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_durably(target, page.encode("utf-8"))
@@ -87,7 +96,9 @@ def write_report(
     return target
 
 
-def open_sources(sources: PathLike | Sequence[PathLike], names: Sequence[str] | None = None) -> list[Source]:
+def open_sources(
+    sources: PathLike | Sequence[PathLike], names: Sequence[str] | None = None
+) -> list[ReportSource]:
     """Every source, under its own name.
 
     Raises:
@@ -97,13 +108,13 @@ def open_sources(sources: PathLike | Sequence[PathLike], names: Sequence[str] | 
     if not paths:
         raise AuditError("There is nothing to report on; name at least one run record or audit.")
     if names is not None and len(names) != len(paths):
-        raise AuditError(f"There are {len(paths)} sources but {len(names)} names; give one each.")
+        raise AuditError(f"There are {len(paths)} sources but {len(names)} names; pass one name per source.")
     chosen = list(names) if names else _short_names([Path(path).resolve() for path in paths])
     return [open_source(path, name) for path, name in zip(paths, chosen, strict=True)]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Directories' names, without what every record is called, with as many parents as it takes to tell them apart."""
+    """Names of the directories, with as many parents as it takes to tell them apart, without a name that all share."""
     if all(path.name in _USUAL_NAMES for path in paths):
         paths = [path.parent for path in paths]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
@@ -113,69 +124,101 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({place})" for place, path in enumerate(paths, start=1)]
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One dictionary of the first source."""
-
-    view: View
-    head: HeadTable
-    map: Map | None
-    map_note: str
-    watched: list[Drawing]
-    watched_are_chosen: bool
-    drift: Drawing | None
-    gradient: list[Drawing]
-    shown_features: int
-
-
 def _render(
-    sources: list[Source], title: str, note: str, beside: dict[str, Any], reload_seconds: float | None
+    sources: list[ReportSource],
+    title: str,
+    note: str,
+    beside: dict[str, Any],
+    reload_seconds: float | None,
+    version: int | None,
 ) -> str:
     main = sources[0]
+    watched = main.views[0].watched
     measures = compare_outcomes(sources)
     rows = compare_features(sources)
-    panels = [_panel(main, view) for view in main.views]
+    panels = [build_panel(main, view) for view in main.views]
+    first = main.views[0].features
     hints = {
-        feature: hint(evidence)
-        for (dictionary, feature), evidence in main.evidence.items()
-        if dictionary == main.views[0].name
+        feature: describe_feature(words, main.evidence.get((main.views[0].name, feature)))
+        for feature, words in zip(first["feature"].tolist(), first["words"].tolist(), strict=True)
+        if words or (main.views[0].name, feature) in main.evidence
     }
-    script, style = _part("report.js"), _part("report.css")
+    script = "".join(_read_template(name) for name in _SCRIPTS)
+    style = _read_template("report.css")
+    reader = build_reader(main.views[0], main.rollouts)
+    labels = {
+        feature: evidence.label
+        for (name, feature), evidence in main.evidence.items()
+        if evidence.label and name == main.views[0].name
+    }
     data = {
         "kind": main.kind,
         "sides": main.sides,
-        "dictionaries": [_data(main, panel) for panel in panels],
+        "sources": [source.name for source in sources],
+        "dictionaries": [pack_panel(main, panel) for panel in panels],
         "reload": reload_seconds,
+        "version": version,
     }
     context: dict[str, Any] = {
-        "title": title or _title(sources),
+        "title": title or _choose_title(sources),
         "note": note,
         "sources": sources,
         "main": main,
-        "line": sentences.what_was_run(main),
-        "in_short": sentences.in_short(sources, measures, rows, hints),
-        "warnings": sentences.warnings(main),
-        "outcomes": outcome_plot(measures, sources) if measures else None,
-        "compared": feature_plot(rows, sources, hints),
-        "compared_charts": curves.compared_charts(rows, sources),
+        "line": sentences.describe_source(main),
+        "front": build_front(sources, measures, rows, hints, labels),
+        "in_short": sentences.summarize(sources, measures, rows, hints),
+        "warnings": sentences.find_warnings(main),
+        "outcomes": plot_outcomes(measures, sources) if measures else None,
+        "compared": plot_features(rows, sources, hints),
+        "lead": rows[0].lead if rows else None,
+        "risen": sentences.describe_risen(rows, sources, hints),
+        "compared_charts": curves.draw_compared(rows, sources),
         "panels": panels,
-        "shaping": [(source.name, charts) for source in sources if (charts := curves.shaping_charts(source))],
-        "trainer": curves.trainer_charts(main),
+        "reader": reader,
+        "reader_features": name_features(main.views[0], reader.features, hints) if reader else [],
+        "topics": read_topic_section(main),
+        "families": read_families(main),
+        "shaping": [(source.name, charts) for source in sources if (charts := curves.draw_shaping(source))],
+        "trainer": curves.draw_trainer_log(main),
         **beside,
-        "facts": [(source.name, sentences.provenance(source)) for source in sources],
-        "most_features": MOST_FEATURES,
+        "samples": _place_samples(beside["samples"], main, hints),
+        "facts": [(source.name, sentences.list_provenance(source)) for source in sources],
+        "definitions": define_columns(main.kind, main.sides, panels[0].head.lead),
+        "map_names": MAP_NAMES,
+        "name_group": lambda panel, group: name_group(panel.view, group, hints),
         "version": __version__,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "style": Markup(style),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "data": Markup(as_json(data)),
+        "data": Markup(encode_json(data)),
         "reload_seconds": reload_seconds,
+        "served": version is not None,
     }
-    return _environment().get_template("report.html.jinja").render(context)
+    context["sections"] = name_sections(context)
+    return _make_environment(watched).get_template("report.html.jinja").render(context)
 
 
-def _environment() -> Environment:
+def _place_samples(
+    samples: VerifiedSamples | None, main: ReportSource, hints: Mapping[int, str]
+) -> dict[str, Any] | None:
+    """What `verify` sampled, with the names that the page has for the features and the panel of their dictionary, if it is there."""
+    if samples is None:
+        return None
+    panels = [
+        place for place, view in enumerate(main.views) if view.described["identity"] == samples.identity
+    ]
+    panel = panels[0] if panels else None
+    features = samples.reader.features
+    names = (
+        name_features(main.views[panel], features, hints if panel == 0 else {})
+        if panel is not None
+        else [(feature, "") for feature in features]
+    )
+    return {"reader": samples.reader, "names": names, "panel": panel}
+
+
+def _make_environment(watched: Mapping[str, int]) -> Environment:
     environment = Environment(
         loader=PackageLoader("trl_sae_audit.report"),
         autoescape=True,
@@ -183,64 +226,19 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "plain": plain}
+    environment.filters |= {
+        "sanitize": sanitize_excerpt,
+        "number": format_number,
+        "link": lambda text, brief=False: link_features(text, watched, brief=brief),
+    }
     return environment
 
 
-def _part(name: str) -> str:
+def _read_template(name: str) -> str:
     return (resources.files("trl_sae_audit.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _title(sources: list[Source]) -> str:
+def _choose_title(sources: list[ReportSource]) -> str:
     if len(sources) > 1:
         return "Side by side: " + ", ".join(source.name for source in sources)
     return f"What {sources[0].name} {'would teach' if sources[0].kind == 'audit' else 'taught'}"
-
-
-def _panel(source: Source, view: View) -> _Panel:
-    found = None
-    if view.means is not None and view.bins is not None:
-        found = curriculum_map(view.means, view.bins, view.watched.values())
-    watched = curves.watched_charts(source, view)
-    return _Panel(
-        view,
-        head_table(source, view),
-        found,
-        map_note(found, len(view.features)) if found else "",
-        watched or curves.largest_charts(view),
-        bool(watched),
-        curves.drift_chart(view),
-        curves.gradient_charts(view),
-        min(len(view.features), MOST_FEATURES),
-    )
-
-
-def _data(source: Source, panel: _Panel) -> dict[str, Any]:
-    view = panel.view
-    neuronpedia = view.described.get("neuronpedia_id")
-    found = panel.map
-    return {
-        "name": view.name,
-        "identity": view.described["identity"],
-        "neuronpedia": neuronpedia,
-        "size": len(view.features),
-        "factor": panel.head.scale.factor,
-        "unit": panel.head.scale.unit,
-        **packed_features(view.features),
-        "evidence": {
-            str(feature): card(evidence)
-            for (dictionary, feature), evidence in source.evidence.items()
-            if dictionary == view.name
-        },
-        "map": None
-        if found is None
-        else {
-            "features": found.features,
-            "bins": found.bins.tolist(),
-            "values": base64_floats(found.values),
-            "starts": [group.start for group in found.groups],
-            "rows": [group.rows for group in found.groups],
-            "names": [group.name for group in found.groups],
-            "height": found.height,
-        },
-    }

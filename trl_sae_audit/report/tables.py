@@ -1,4 +1,4 @@
-"""The features that the loss pushed up and down most, as rows of words and positions."""
+"""The features that the loss pushed up and down most, as rows of text and positions."""
 
 from __future__ import annotations
 
@@ -7,64 +7,89 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from ..evidence_files import Evidence
+from ..audit.evidence_files import Evidence
+from ..text import sanitize_excerpt
 from .axes import Scale, Whisker
-from .sentences import SIGNIFICANT
-from .sources import Source, View
-from .text import percent, plain, probability, shown, signed
+from .lead import SIGNIFICANT, Lead, known_leads, read_lead
+from .sources import ReportSource, View
+from .text import format_number, format_percent, format_probability, format_signed
 
 _HEAD_ROWS = 10
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A number as text and as what a table is sorted by."""
+
+    text: str
+    value: float
+
+
+@dataclass(frozen=True)
 class HeadRow:
-    """A feature among those that gained or lost most."""
+    """One of the features that gained or lost most."""
 
     feature: int
     label: str
     hint: str
-    attribution: str
+    value: Cell
     margin: str
     whisker: Whisker
-    cells: list[str]
-    trend: str
+    cells: list[Cell]
+    trend: Cell
     trend_is_clear: bool
-    q: str
+    q: Cell
     is_clear: bool
 
 
 @dataclass(frozen=True)
 class HeadTable:
-    """Those that gained most and those that lost most, of one dictionary."""
+    """The features of one dictionary that gained most and lost most, by the score that leads.
 
+    Attributes:
+        tested: whether the leading score has q-values.
+        scale: of the leading score.
+        loss_scale: of attribution and its sides.
+    """
+
+    lead: Lead
     scale: Scale
+    loss_scale: Scale
     columns: list[tuple[str, str]]
+    tested: bool
     gained: list[HeadRow]
     lost: list[HeadRow]
 
 
-def head_table(source: Source, view: View) -> HeadTable:
-    """The features that the loss asked for most, and against most."""
-    frame = view.features
-    gained = frame[frame["attribution"] > 0].nlargest(_HEAD_ROWS, "attribution")
-    lost = frame[frame["attribution"] < 0].nsmallest(_HEAD_ROWS, "attribution")
+def build_head_table(source: ReportSource, view: View) -> HeadTable:
+    """Build the table of the features with the largest and the smallest leading score."""
+    lead = known_leads(view.features)[0]
+    score = read_lead(view.features, lead).add_prefix("lead_")
+    frame = view.features.join(score).sort_values("lead_rank", ascending=False, kind="stable")
+    frame = frame[frame["lead_rank"] >= 0]
+    gained, lost = (frame[sign * frame["lead_value"] > 0].head(_HEAD_ROWS) for sign in (1, -1))
     both = pd.concat([gained, lost])
-    reach = float((both["attribution"].abs() + both["margin"].fillna(0)).max()) if len(both) else 1.0
-    scale = Scale.of(both["attribution"].to_numpy())
-    columns = [("share", "share"), ("lift", "lift")]
-    if source.sides and {"chosen", "rejected"} <= set(frame):
-        columns += [("chosen", source.sides[0]), ("rejected", source.sides[1])]
-    columns += [
+    ends = both[["lead_value", "lead_low", "lead_high"]].abs().to_numpy()
+    reach = float(ends[np.isfinite(ends)].max(initial=0.0)) or 1.0
+    scale, loss_scale = (Scale.of(both[name].to_numpy()) for name in ("lead_value", "attribution"))
+    columns = [
         (name, text)
         for name, text in (
-            ("length_correlation", "length corr."),
+            ("selection", "selection"),
             ("disparity", "disparity"),
-            ("predicted_change", "predicted"),
+            ("predicted_change", "on given text"),
+            ("attribution", f"attribution{loss_scale.unit}"),
         )
-        if name in frame
+        if name in frame and name != lead.name
     ]
+    columns += [("share", "share"), ("lift", "lift")]
+    if lead.name == "attribution" and source.sides and {"positive", "negative"} <= set(frame):
+        columns += [("positive", source.sides[0]), ("negative", source.sides[1])]
+    if "length_correlation" in frame:
+        columns += [("length_correlation", "length corr.")]
 
     def row(values: dict[Any, Any]) -> HeadRow:
         feature = int(values["feature"])
@@ -72,21 +97,26 @@ def head_table(source: Source, view: View) -> HeadTable:
         trend = values.get("trend_tau", math.nan)
         return HeadRow(
             feature,
-            _without(feature, shown(values["label"] or (evidence.label if evidence else ""), 80)),
-            hint(evidence) if evidence else "",
-            signed(scale(values["attribution"])),
-            plain(scale(values["margin"]), 2),
-            Whisker.on((-reach, reach), values["attribution"], values["margin"]),
-            [_cell(name, values[name], scale) for name, _ in columns],
-            "–" if not math.isfinite(trend) else f"{_arrow(trend)} {signed(trend, 2)}",
+            strip_number(
+                feature, sanitize_excerpt(values["label"] or (evidence.label if evidence else ""), 80)
+            ),
+            describe_feature(str(values["words"]), evidence),
+            Cell(format_signed(scale(values["lead_value"])), values["lead_value"]),
+            format_number(scale((values["lead_high"] - values["lead_low"]) / 2), 2),
+            Whisker.on((-reach, reach), values["lead_value"], (values["lead_high"] - values["lead_low"]) / 2),
+            [Cell(_format(name, values[name], loss_scale), values[name]) for name, _ in columns],
+            Cell("–" if not math.isfinite(trend) else f"{_arrow(trend)} {format_signed(trend, 2)}", trend),
             bool(values.get("trend_q_value", 1.0) < SIGNIFICANT),
-            probability(values["q_value"]),
-            bool(values["q_value"] < SIGNIFICANT),
+            Cell(format_probability(values["lead_q"]), values["lead_q"]),
+            bool(values["lead_clear"]),
         )
 
     return HeadTable(
+        lead,
         scale,
+        loss_scale,
         columns,
+        bool(both["lead_q"].notna().any()),
         [row(values) for values in gained.to_dict("records")],
         [row(values) for values in lost.to_dict("records")],
     )
@@ -96,34 +126,29 @@ def _arrow(trend: float) -> str:
     return "→" if trend == 0 else "↗" if trend > 0 else "↘"
 
 
-def _without(feature: int, label: str) -> str:
-    """The label without the number that stands before it anyway."""
+def strip_number(feature: int, label: str) -> str:
+    """The label without the feature's number, which is shown before it anyway."""
     return " ".join(word for word in label.split() if word != str(feature))
 
 
-def hint(evidence: Evidence) -> str:
-    """What a feature is about, in a few words: where it is active in its examples, and what it promotes."""
-    strongest: dict[str, float] = {}
-    for example in evidence.examples:
-        for tokens in example.tokens.values():
-            for token in tokens:
-                text = token.text.strip()
-                if token.activation > strongest.get(text, 0.0):
-                    strongest[text] = token.activation
-    words = sorted(strongest, key=lambda text: -strongest[text])[:3]
-    where = f"active on {_words(words)}" if words else "active in none of its examples"
-    return f"{where}; raises {_words(evidence.promotes[:3])}"
+def describe_feature(words: str, evidence: Evidence | None) -> str:
+    """Describe a feature in a few words: where it is most active and, if evidence was gathered, what it promotes."""
+    words = words or (evidence.words if evidence else "")
+    parts = [sanitize_excerpt(words, 120)] if words else []
+    if evidence and evidence.promotes:
+        parts.append(f"raises {_join_words(evidence.promotes[:3])}")
+    return "; ".join(parts)
 
 
-def _words(words: Sequence[str]) -> str:
-    return " · ".join(shown(word.strip(), 20) or "␣" for word in words)
+def _join_words(words: Sequence[str]) -> str:
+    return " · ".join(sanitize_excerpt(word.strip(), 20) or "␣" for word in words)
 
 
-def _cell(name: str, value: float, scale: Scale) -> str:
+def _format(name: str, value: float, scale: Scale) -> str:
     if name == "share":
-        return percent(value)
+        return format_percent(value)
     if name == "lift":
-        return plain(value, 2)
-    if name in ("chosen", "rejected"):
-        return signed(scale(value))
-    return signed(value, 2)
+        return format_number(value, 2)
+    if name in ("attribution", "positive", "negative"):
+        return format_signed(scale(value))
+    return format_signed(value, 2)
