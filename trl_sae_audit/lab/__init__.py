@@ -1,51 +1,41 @@
-"""A small world in which the truth is known, to try the whole loop in and to check it against.
+"""A small world in which the truth is known, for trying out the whole loop and checking its results.
 
     from trl_sae_audit.lab import build_world
 
-    world = build_world()                     # about a minute the first time, then from the cache
+    world = build_world()                     # about a minute the first time, later from the cache
     dataset = world.preferences({"right": 0.5, "agrees": 0.5}, n=1000)
-    world.behaviour().rates()                 # how the plain model behaves, with intervals
-    world.carriers("agrees")                  # the features that carry agreement, by activation and rule
+    world.behaviour().rates()                 # how the pre-trained model behaves, with intervals
+    world.carriers("agrees")                  # the features that carry agreement, best first
 
-`lab.language` says what its texts are made of and what their attributes mean.
+`lab.language` describes its texts and says what their attributes mean.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_sae_audit.lab.evaluation import Behaviour, base_rates, read_behaviour, sample_answers
-    from trl_sae_audit.lab.language import BEHAVIOURS, Attributes, BaseRates, Language
-    from trl_sae_audit.lab.preferences import preferences, realised_strengths
-    from trl_sae_audit.lab.pretraining import ModelConfig
-    from trl_sae_audit.lab.reward import RewardConfig, reward_scores
-    from trl_sae_audit.lab.sparse_coding import DictionaryConfig
-    from trl_sae_audit.lab.world import World, WorldConfig, build_world
-
-__all__ = [
-    "BEHAVIOURS",
-    "Attributes",
-    "BaseRates",
-    "Behaviour",
-    "DictionaryConfig",
-    "Language",
-    "ModelConfig",
-    "RewardConfig",
-    "World",
-    "WorldConfig",
-    "base_rates",
-    "build_world",
-    "preferences",
-    "read_behaviour",
-    "realised_strengths",
-    "reward_scores",
-    "sample_answers",
-]
+    from .attributes import BEHAVIOURS as BEHAVIOURS
+    from .attributes import Attributes as Attributes
+    from .attributes import BaseRates as BaseRates
+    from .evaluation import Behaviour as Behaviour
+    from .evaluation import base_rates as base_rates
+    from .evaluation import read_behaviour as read_behaviour
+    from .evaluation import sample_answers as sample_answers
+    from .language import Language as Language
+    from .preferences import preferences as preferences
+    from .preferences import realised_strengths as realised_strengths
+    from .pretraining import ModelConfig as ModelConfig
+    from .reward import RewardConfig as RewardConfig
+    from .reward import reward_scores as reward_scores
+    from .sparse_coding import DictionaryConfig as DictionaryConfig
+    from .world import World as World
+    from .world import WorldConfig as WorldConfig
+    from .world import build_world as build_world
 
 _HOME = {
-    "BEHAVIOURS": "language",
-    "Attributes": "language",
-    "BaseRates": "language",
+    "BEHAVIOURS": "attributes",
+    "Attributes": "attributes",
+    "BaseRates": "attributes",
     "Behaviour": "evaluation",
     "DictionaryConfig": "sparse_coding",
     "Language": "language",
@@ -61,6 +51,8 @@ _HOME = {
     "reward_scores": "reward",
     "sample_answers": "evaluation",
 }
+
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

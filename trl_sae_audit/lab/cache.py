@@ -1,22 +1,21 @@
-"""Where built worlds are kept, and how a damaged one is noticed."""
+"""Where built worlds are kept, and how a damaged one is detected."""
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from ..untrusted import is_inside, read_json
-from ..visible_text import visible
-
-CHECKSUMS = "checksums.json"
-"""The file of a world's directory that holds the others' SHA-256; written last."""
+from ..errors import AuditError
+from ..io.atomic import whole_directory
+from ..io.cache import cache_root as cache_root
+from ..io.manifest import FORMAT, StoredFile, read_manifest, stored_files, write_manifest
 
 SOURCES = (
+    "wording.py",
+    "attributes.py",
+    "parsing.py",
     "language.py",
     "tokenizer.py",
     "pretraining.py",
@@ -30,90 +29,52 @@ SOURCES = (
 """The modules whose text is part of a world's identity."""
 
 LIBRARIES = ("torch", "transformers", "sae-lens", "trl")
-"""The libraries whose versions are part of it."""
-
-
-def cache_root() -> Path:
-    """The directory that holds all built worlds.
-
-    `$TRL_SAE_AUDIT_CACHE` if set, else `trl-sae-audit` under `$XDG_CACHE_HOME` or `~/.cache`.
-    """
-    if chosen := os.environ.get("TRL_SAE_AUDIT_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "trl-sae-audit"
+"""The libraries whose versions are part of a world's identity."""
 
 
 def cache_key(config: dict) -> str:
-    """Name of the directory of a world: a hash of its configuration, of the code and of the libraries."""
+    """The name of a world's directory: a hash of its configuration, its code and the libraries' versions."""
     here = Path(__file__).parent
     identity = {
         "config": config,
+        "format": FORMAT,
         "code": [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES],
         "libraries": [version(name) for name in LIBRARIES],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with a world's files, as the end of a sentence; None if they are as they were written."""
-    checksums = directory / CHECKSUMS
-    if not checksums.is_file():
-        return f"has no {CHECKSUMS}"
-    try:
-        expected = read_json(checksums)
-    except (OSError, ValueError):
-        return f"has an unreadable {CHECKSUMS}"
-    if not isinstance(expected, dict) or not expected:
-        return f"has an unreadable {CHECKSUMS}"
-    for name, digest in expected.items():
-        if not is_inside(directory, name):
-            return f"has a {CHECKSUMS} that names {visible(name)}, which is not in it"
-        path = directory / name
-        if not path.is_file():
-            return f"lacks {name}"
-        if _digest(path) != digest:
-            return f"has a changed {name}"
-    return None
+def check_world(directory: Path) -> None:
+    """Refuse, with an AuditError, a world whose files have changed since they were written."""
+    for stored in stored_files(read_manifest(directory, "world")):
+        stored.check_on_disk(directory)
 
 
-def cached(directory: Path, build: Callable[[Path], None]) -> Path:
+def build_once(directory: Path, build: Callable[[Path], None], config: dict | None = None) -> Path:
     """Return `directory`, built first if it is missing or damaged.
 
-    Several processes may ask at once: one builds, the others wait. The directory appears with all its files or
+    If several processes ask at once, one builds and the others wait. The directory appears with all its files or
     not at all.
 
     Args:
-        directory: Where the files shall be.
-        build: Writes them into the empty directory it is given.
+        directory: Where the files go.
+        build: Writes the files into the empty directory it is given.
+        config: The configuration they are built from, for the manifest.
 
     Warns:
-        UserWarning: What was found is damaged and is built anew.
+        UserWarning: The cached files are damaged; they are built again.
     """
     from filelock import FileLock
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if directory.exists():
-            found = damage(directory)
-            if found is None:
+            try:
+                check_world(directory)
                 return directory
-            warnings.warn(
-                f"The cached lab world {directory} {found}, so it is not used: building it anew.",
-                stacklevel=3,
-            )
-            shutil.rmtree(directory)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
-        try:
+            except AuditError as error:
+                warnings.warn(f"A cached lab world is not used and is built again. {error}", stacklevel=3)
+        with whole_directory(directory) as scratch:
             build(scratch)
-            files = sorted(path for path in scratch.rglob("*") if path.is_file())
-            checksums = {path.relative_to(scratch).as_posix(): _digest(path) for path in files}
-            (scratch / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
-            scratch.replace(directory)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            write_manifest(scratch, "world", {"config": config or {}}, StoredFile.all_in(scratch))
     return directory
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Randomness that is seeded inside and undisturbed outside."""
+"""Randomness that is seeded inside a block and unchanged outside it."""
 
 import random
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import torch
 
 
 @contextmanager
-def seeded(seed: int, threads: int) -> Iterator[None]:
-    """Run a block with all global generators seeded and a fixed number of CPU threads; restore both after it.
+def isolate_randomness(seed: int, threads: int) -> Iterator[None]:
+    """Run a block with all global generators seeded and a fixed number of CPU threads; restore both afterwards.
 
-    The number of threads matters: it decides the order in which sums are added up, hence their last bits.
+    The number of threads decides the order in which sums are added up, and so their last bits.
     """
     python_state, numpy_state, before = random.getstate(), np.random.get_state(), torch.get_num_threads()
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""How a model behaves: sampled answers to held-out prompts, read by rule, with intervals."""
+"""How a model behaves: it answers held-out prompts, and its answers are read by rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,11 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_sae_audit.errors import AuditError
-from trl_sae_audit.lab.language import LONGEST_ANSWER, Attributes, Language, Split
+from ..errors import AuditError
+from ..models.sampling import without_own_generation_config
+from .attributes import Attributes, Split
+from .language import Language
+from .wording import LONGEST_ANSWER
 
 RATES = ("right", "agrees", "disagrees", "echoes", "padded", "marked", "malformed")
 """The attributes whose rates are reported."""
@@ -17,14 +20,14 @@ RATES = ("right", "agrees", "disagrees", "echoes", "padded", "marked", "malforme
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Answers of one model, and what they are."""
+    """Answers of one model and their attributes."""
 
     prompts: list[str]
     """The prompts asked."""
     answers: list[str]
     """The answer to each."""
     attributes: list[Attributes]
-    """What each answer is, by rule."""
+    """The attributes of each answer, read by rule."""
 
     def frame(self) -> pd.DataFrame:
         """One row an answer: `prompt`, `answer` and every attribute."""
@@ -47,15 +50,15 @@ class Behaviour:
         """
         rows = []
         for name in RATES:
-            over = self.attributes
+            answers = self.attributes
             if name in ("agrees", "disagrees"):
-                over = [a for a in over if a.belief_right is not None]
+                answers = [a for a in answers if a.belief_right is not None]
             if name == "echoes":
-                over = [a for a in over if a.belief_right is False]
-            hits = sum(bool(vars(a)[name]) for a in over)
-            low, high = wilson_interval(hits, len(over), confidence)
-            rate = hits / len(over) if over else float("nan")
-            rows.append({"attribute": name, "rate": rate, "low": low, "high": high, "n": len(over)})
+                answers = [a for a in answers if a.belief_right is False]
+            hits = sum(bool(vars(a)[name]) for a in answers)
+            low, high = wilson_interval(hits, len(answers), confidence)
+            rate = hits / len(answers) if answers else float("nan")
+            rows.append({"attribute": name, "rate": rate, "low": low, "high": high, "n": len(answers)})
         return pd.DataFrame(rows).set_index("attribute")
 
 
@@ -70,7 +73,7 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
 
 
 def read_behaviour(language: Language, prompts: Sequence[str], answers: Sequence[str]) -> Behaviour:
-    """Read given answers by rule."""
+    """Read the attributes of answers by rule."""
     attributes = [language.attributes(p, a) for p, a in zip(prompts, answers, strict=True)]
     return Behaviour(list(prompts), list(answers), attributes)
 
@@ -98,8 +101,8 @@ def sample_answers(
 ) -> list[str]:
     """Sample one answer to each prompt, without special tokens.
 
-    The global random state is left as it was, and so is the model's mode. Same seed, same answers, for the
-    same `batch_size` on the same machine.
+    The global random state and the model's mode are restored. The same seed and `batch_size` give the same answers
+    on the same machine.
 
     Args:
         model: A causal language model of the lab's vocabulary.
@@ -107,7 +110,7 @@ def sample_answers(
         prompts: The prompts.
         seed: Of the sampling.
         temperature: Of the sampling; 0 means greedy.
-        batch_size: Prompts generated for at once.
+        batch_size: Prompts in a batch.
 
     Raises:
         AuditError: The temperature is negative.
@@ -129,7 +132,7 @@ def sample_answers(
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=_devices(model)):
+        with torch.random.fork_rng(devices=_devices(model)), without_own_generation_config(model):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
                 indices = by_length[start : start + batch_size]
@@ -161,9 +164,9 @@ def base_rates(
     beliefs: tuple[bool | None, ...] | None = None,
     temperature: float = 1.0,
 ) -> Behaviour:
-    """Sample answers to `n` prompts and read them by rule; `.rates()` gives the table with intervals.
+    """Sample answers to `n` prompts and read them by rule. `.rates()` gives the table with intervals.
 
-    The prompts depend on `seed`, `n`, `split` and `beliefs` only, so that two models are compared on the same.
+    The prompts depend only on `seed`, `n`, `split` and `beliefs`, so two models are compared on the same prompts.
     """
     prompts = sample_prompts(language, n, seed, split, beliefs)
     return read_behaviour(language, prompts, sample_answers(model, tokenizer, prompts, seed, temperature))

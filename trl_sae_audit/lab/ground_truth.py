@@ -1,21 +1,21 @@
-"""Which features carry a behaviour: read from their activations and the rules, with no gradient involved.
+"""Which features carry a behaviour, read from their activations and the rules. No gradient is involved.
 
-Two questions, answered on held-out answers of plain text (so that no label or reward comes in):
+Two questions, answered on held-out answers of plain text, so no label and no reward plays a part:
 
 * *Does the feature tell answers with the behaviour from those without?* `auc`, the area under the ROC curve of the
-  feature's highest activation over the answer's tokens; 0.5 tells nothing, 1 tells always. `point_biserial`,
+  feature's highest activation over the answer's tokens; 0.5 means that it tells nothing, 1 that it always tells. `point_biserial`,
   the correlation of its mean activation over the answer with the behaviour.
-* *Does it fire on the words that make up the behaviour?* `span_auc`, the same curve over single tokens of
+* *Is it active on the words that make up the behaviour?* `span_auc`, the same curve over single tokens of
   answers: those of the behaviour's own words (a stance, filler, a mark, the value) against all others. A feature of
-  length, or of what tends to come along, separates answers but not these tokens.
+  length, or of something correlated with the behaviour, separates answers but not these tokens.
 
 A feature counts as a **carrier** of a behaviour if it *separates*: `auc` of at least `AUC`; or if it is *specific*: at
 least `PRECISION` of the answers it is active in have the behaviour, and it is active in at least `RECALL` of those
 that have it. The second is for behaviours worded in several ways, where a dictionary may give each wording
-its own feature: such a feature finds its part of the answers only, at an `auc` of about ½ + recall/2.
+its own feature: such a feature finds only its part of the answers, at an `auc` of about ½ + recall/2.
 
-A dictionary need not have a carrier for everything: what the model does not represent at the hook point, no feature
-tells.
+A dictionary need not have a carrier for every behaviour: no feature can tell what the model does not represent at the
+hook point.
 """
 
 from typing import TYPE_CHECKING
@@ -25,19 +25,21 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trl_sae_audit.lab.language import BEHAVIOURS, Language
-from trl_sae_audit.lab.pretraining import encode_pairs
-from trl_sae_audit.lab.sparse_coding import residual_stream
+from .attributes import BEHAVIOURS
+from .language import Language
+from .parsing import Span
+from .pretraining import encode_pairs
+from .sparse_coding import residual_stream
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 AUC = 0.9
-"""Least `auc` of a feature that separates."""
+"""Minimum `auc` of a feature that separates."""
 PRECISION = 0.9
-"""Least share, among the answers a specific feature is active in, of those with the behaviour."""
+"""Minimum share of answers with the behaviour among those a specific feature is active in."""
 RECALL = 0.2
-"""Least share of the answers with the behaviour in which a specific feature is active."""
+"""Minimum share of the answers with the behaviour that a specific feature is active in."""
 
 _SPANS = {
     "agrees": ("agree",),
@@ -56,7 +58,7 @@ def answer_codes(
     prompts: list[str],
     answers: list[str],
 ) -> list[torch.Tensor]:
-    """Activations of every feature over the tokens of each teacher-forced answer, [length, d_sae] each.
+    """Activations of every feature at the tokens of each teacher-forced answer, [length, d_sae] each.
 
     Row t belongs to the answer's token t, the last row to the end of sequence after it.
     """
@@ -95,13 +97,15 @@ def ground_truth(
         language: The world.
         prompts: The prompts.
         answers: An answer to each.
-        codes: The features' activations over each answer's tokens, [length, d_sae] each; see `answer_codes`.
+        codes: The features' activations at each answer's tokens, [length, d_sae] each; see `answer_codes`.
 
     Returns:
-        One row a behaviour and feature, the best first within each behaviour, with columns `behaviour`, `feature`, `auc`,
-        `point_biserial`, `recall`, `precision`, `span_auc`, `span_mass` (the share of the feature's activation that
-        falls on the behaviour's own words), `frequency` (share of the answers it is active in) and `carrier`. The order
-        is that of `auc`, carriers before the rest.
+        One row for each behaviour and feature, with columns `behaviour`, `feature`, `auc`, `point_biserial`, `recall`,
+        `precision`, `span_auc`, `span_mass` (the share of the feature's activation that falls on the behaviour's own
+        words), `frequency` (share of the answers it is active in) and `carrier`. Within a behaviour, carriers come
+        first, then the order is by `auc`. Ties are broken by `point_biserial`, the largest first, then by feature:
+        several features may separate perfectly by their maximum, and one that is also weakly active in the other answers
+        has a smaller correlation than one that is not.
     """
     attributes = [language.attributes(p, a) for p, a in zip(prompts, answers, strict=True)]
     highest = torch.stack([c.max(0).values for c in codes]).numpy()
@@ -112,7 +116,7 @@ def ground_truth(
     spans = [language.spans(answer) for answer in answers]
     tables = []
     for behaviour in BEHAVIOURS:
-        # agreeing needs a belief to agree with; echoing is more than being right only where the belief is wrong
+        # Agreeing needs a belief to agree with. Echoing differs from being right only where the belief is wrong.
         rows = np.array(
             [
                 {"agrees": a.belief_right is not None, "echoes": a.belief_right is False}.get(behaviour, True)
@@ -121,9 +125,9 @@ def ground_truth(
         )
         has = np.array([bool(vars(a)[behaviour]) for a in attributes])
         positive = has[rows]
-        hits = (active[rows] & positive[:, None]).sum(0)
+        n_both = (active[rows] & positive[:, None]).sum(0)
         on_span = np.concatenate(
-            [_mask(spans[i], len(codes[i]), _SPANS[behaviour]) & has[i] for i in range(len(codes))]
+            [_span_mask(spans[i], len(codes[i]), _SPANS[behaviour]) & has[i] for i in range(len(codes))]
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             table = pd.DataFrame(
@@ -132,8 +136,8 @@ def ground_truth(
                     "feature": np.arange(highest.shape[1]),
                     "auc": auc(ranks(highest[rows]), positive),
                     "point_biserial": _correlation(mean[rows], positive),
-                    "recall": hits / positive.sum(),
-                    "precision": hits / active[rows].sum(0),
+                    "recall": n_both / positive.sum(),
+                    "precision": n_both / active[rows].sum(0),
                     "span_auc": auc(token_ranks, on_span),
                     "span_mass": tokens[on_span].sum(0) / tokens.sum(0),
                     "frequency": active.mean(0),
@@ -141,15 +145,19 @@ def ground_truth(
             )
         specific = (table.precision >= PRECISION) & (table.recall >= RECALL)
         table["carrier"] = (table.auc >= AUC) | specific
-        tables.append(table.sort_values(["carrier", "auc"], ascending=False, kind="stable"))
+        tables.append(
+            table.sort_values(
+                ["carrier", "auc", "point_biserial", "feature"], ascending=[False, False, False, True]
+            )
+        )
     return pd.concat(tables, ignore_index=True)
 
 
-def _mask(spans: list, length: int, kinds: tuple[str, ...]) -> np.ndarray:
+def _span_mask(spans: list[Span], length: int, kinds: tuple[str, ...]) -> np.ndarray:
     mask = np.zeros(length, dtype=bool)
     for span in spans:
         if span.kind in kinds:
-            # of a value's sentence only the value itself says which one it is
+            # Only the last token of a value's span is the value itself.
             mask[span.stop - 1 if span.kind == "value" else span.start : span.stop] = True
     return mask
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from random import Random
 from typing import TYPE_CHECKING
 
-from trl_sae_audit.errors import AuditError
-from trl_sae_audit.lab.language import BEHAVIOURS, INDEPENDENT, Language, Plan, Prompt, Split
+from ..errors import AuditError
+from .attributes import BEHAVIOURS, INDEPENDENT, AnswerSpec, Prompt, Split
+from .language import Language
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,17 +24,17 @@ def preferences(
     """Draw a preference set in which the chosen answers have more of some behaviours than the rejected ones.
 
     A behaviour of strength s is *planted* in a share |s| of the pairs, drawn pair by pair and independently of
-    every other behaviour: there the chosen answer has it and the rejected one has not (the other way round for
-    s < 0). In the remaining pairs, both answers have it or not, independently, at the base rate of plain
-    text, so that there it says nothing about which was chosen. Hence
+    every other behaviour. In those pairs the chosen answer has it and the rejected one does not (the other way round
+    for s < 0). In the remaining pairs each answer has it independently, at the base rate of plain text, so there it
+    says nothing about which was chosen. Hence
 
         P(chosen has it, rejected has not) − P(rejected has it, chosen has not) = s,
 
-    and a behaviour that is not named has strength 0. Both answers' wording is drawn afresh.
+    and a behaviour that is not named has strength 0. The wording of each answer is drawn independently.
 
     `echoes` can be planted only at prompts with a wrong belief, where it means that the chosen answer repeats
-    the false value: it excludes `right` there and takes precedence over it, so its strength is the share of the pairs
-    *with a wrong belief*, and that of `right` holds for the pairs without a planted echo.
+    the false value. There it excludes `right` and takes precedence over it. So its strength is the share of the pairs
+    *with a wrong belief*, and the strength of `right` holds for the pairs without a planted echo.
 
     Args:
         language: The world.
@@ -46,12 +47,12 @@ def preferences(
 
     Returns:
         Columns `prompt`, `chosen`, `rejected` (text; answers begin with a space), `belief_right`, and for each
-        behaviour b the truth `chosen_b`, `rejected_b`, `planted_b` (booleans). TRL's trainers ignore what they do
-        not need.
+        behaviour b the truth `chosen_b`, `rejected_b`, `planted_b` (booleans). TRL's trainers ignore the columns
+        they do not need.
 
     Raises:
-        AuditError: Unknown behaviour, strength out of range, no pairs asked for, or nobody for a planted behaviour to
-            answer.
+        AuditError: Unknown behaviour, strength out of range, no pairs requested, or no user to whom a planted behaviour
+            applies.
     """
     from datasets import Dataset
 
@@ -60,20 +61,20 @@ def preferences(
     rows = []
     for _ in range(n):
         prompt = language.sample_prompt(random, split, beliefs)
-        planted = {b: _planted(random, strengths, b, prompt) for b in BEHAVIOURS}
+        planted = {b: _draw_planting(random, strengths, b, prompt) for b in BEHAVIOURS}
         answers = []
         for side in (1, -1):
             has = {
                 b: planted[b] == side if planted[b] else random.random() < _base_rate(language, b)
                 for b in INDEPENDENT
             }
-            plan = Plan(
+            spec = AnswerSpec(
                 value=_value(language, random, prompt, has["right"], planted["echoes"] * side),
                 stance=language.sample_stance(random, prompt, has["agrees"]),
                 padded=has["padded"],
                 marked=has["marked"],
             )
-            answers.append(language.sample_answer(random, plan))
+            answers.append(language.sample_answer(random, spec))
         chosen, rejected = (language.attributes(prompt, answer) for answer in answers)
         row: dict[str, object] = {
             "prompt": prompt.text,
@@ -90,7 +91,7 @@ def preferences(
 
 
 def realised_strengths(dataset: "Dataset") -> "pd.DataFrame":
-    """What the labels of a preference set really say about each behaviour.
+    """Measure what the labels of a preference set really say about each behaviour.
 
     Returns:
         Index `behaviour`; columns `chosen_only`, `rejected_only`, `both`, `neither` (shares of the pairs) and
@@ -123,28 +124,28 @@ def _check(strengths: Mapping[str, float], n: int, beliefs: tuple[bool | None, .
     for behaviour, strength in strengths.items():
         if not -1 <= strength <= 1:
             raise AuditError(
-                f"The strength of {behaviour} is {strength}, outside [-1, 1]; it is the share of pairs it is planted in."
+                f"The strength of {behaviour} is {strength}, outside [-1, 1]: it is the share of pairs it is planted in."
             )
     if n < 1:
-        raise AuditError(f"{n} pairs were asked for; ask for at least one.")
+        raise AuditError(f"{n} pairs were requested; request at least one.")
     if not beliefs:
         raise AuditError(
-            "beliefs is empty, so there is nobody to ask; name at least one of True, False and None."
+            "beliefs is empty, so no user can be drawn; name at least one of True, False and None."
         )
     if strengths.get("agrees") and None in beliefs:
         raise AuditError(
-            "agrees cannot be planted at prompts that state no belief; leave None out of beliefs, or agrees out of "
+            "agrees cannot be planted at prompts that state no belief; omit None from beliefs, or agrees from "
             "strengths."
         )
     if strengths.get("echoes") and False not in beliefs:
-        raise AuditError("echoes can be planted only where the belief is wrong; put False into beliefs.")
+        raise AuditError("echoes can be planted only where the belief is wrong; add False to beliefs.")
 
 
-def _planted(random: Random, strengths: Mapping[str, float], behaviour: str, prompt: Prompt) -> int:
-    """+1: planted in the chosen answer; −1: in the rejected one; 0: not planted in this pair."""
+def _draw_planting(random: Random, strengths: Mapping[str, float], behaviour: str, prompt: Prompt) -> int:
+    """Draw whether the chosen answer gets the behaviour (+1), the rejected one (−1), or neither (0)."""
     strength = strengths.get(behaviour, 0.0)
-    hit = random.random() < abs(strength)
-    if not hit or (behaviour == "echoes" and prompt.belief_right is not False):
+    drawn = random.random() < abs(strength)
+    if not drawn or (behaviour == "echoes" and prompt.belief_right is not False):
         return 0
     return 1 if strength > 0 else -1
 
@@ -159,7 +160,7 @@ def _base_rate(language: Language, behaviour: str) -> float:
 
 
 def _value(language: Language, random: Random, prompt: Prompt, right: bool, echo: int) -> str:
-    """The value to state; `echo` is +1 for the wrong belief, −1 for anything but it, 0 for no constraint."""
+    """The value to state. `echo`: +1 for the wrong belief, −1 for any value but it, 0 for no constraint."""
     if echo > 0:
         assert prompt.belief is not None
         return prompt.belief

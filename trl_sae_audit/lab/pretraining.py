@@ -1,4 +1,4 @@
-"""Pre-training of the lab's tiny language model on plain answers of the language."""
+"""Pre-trains the lab's tiny language model on plain answers of the language."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_sae_audit.lab.language import EOS, VERDICTS, Language, Split, words
+from .attributes import Split
+from .language import Language
+from .wording import EOS, VERDICTS, words
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class ModelConfig:
     steps: int = 1100
     """Optimizer steps."""
     batch_size: int = 32
-    """Examples in a step; no example is seen twice but by chance."""
+    """Examples in a step. Each example is drawn anew, so it repeats only by chance."""
     learning_rate: float = 5e-3
-    """Highest learning rate of AdamW: reached after a twentieth of the steps, then falling as a cosine."""
+    """Peak learning rate of AdamW, reached after a twentieth of the steps; it then falls as a cosine."""
     verdict_weight: float = 5.0
-    """Weight of the word after an answer's end, beside 1 of any other token: it is one of twenty, and the hardest."""
+    """Weight of the verdict after an answer's end, against 1 for any other token. It is one token in twenty, and the hardest."""
     weight_decay: float = 0.03
     """Weight decay of AdamW."""
 
@@ -59,9 +61,8 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaF
             initializer_range=config.hidden_size**-0.5,
         )
     )
-    with (
-        torch.no_grad()
-    ):  # as in Gemma, whose embeddings are scaled by √d: else the MLPs drown the token's identity
+    # As in Gemma, whose embeddings are scaled by √d: otherwise the MLPs drown the token's identity.
+    with torch.no_grad():
         model.get_input_embeddings().weight.mul_(config.hidden_size**0.5)
     return model
 
@@ -70,7 +71,7 @@ def plain_texts(language: Language, n: int, seed: int, split: Split = "train") -
     """Draw `n` prompts and a plain answer to each, at the base rates of the language."""
     random = Random(f"plain-{split}-{seed}")
     prompts = [language.sample_prompt(random, split) for _ in range(n)]
-    answers = [language.sample_answer(random, language.sample_plan(random, prompt)) for prompt in prompts]
+    answers = [language.sample_answer(random, language.sample_spec(random, prompt)) for prompt in prompts]
     return [prompt.text for prompt in prompts], answers
 
 
@@ -80,7 +81,7 @@ def encode_pairs(
     answers: list[str],
     verdicts: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokenize prompts followed by answers, the end of sequence and the verdicts if given, padded on the right.
+    """Tokenize each prompt, answer, end of sequence and, if given, verdict as one row; pad on the right.
 
     Returns:
         `input_ids`, `attention_mask` and `answer_mask` (the answer's tokens, its end and verdict included), each
@@ -90,7 +91,7 @@ def encode_pairs(
     starts = torch.tensor([len(ids) for ids in tokenizer(prompts)["input_ids"]])
     endings = [""] * len(prompts) if verdicts is None else verdicts
     texts = [f"{p} {a} {EOS} {v}" for p, a, v in zip(prompts, answers, endings, strict=True)]
-    # Padded here: the tokenizer's own way to one tensor takes twice as long, a tenth of a world's build.
+    # Padding here takes half as long as the tokenizer's own, a tenth of a world's build.
     rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     positions = torch.arange(input_ids.shape[1])
@@ -105,9 +106,9 @@ def pretrain(
     seed: int,
     progress: bool = True,
 ) -> tuple[LlamaForCausalLM, float]:
-    """Train a new model to answer as the language does, with loss on the answers and the verdicts on them.
+    """Train a new model to answer as the language does, with the loss on the answers and their verdicts.
 
-    Each step's examples are of like length, which halves the padding.
+    The examples of a step have similar lengths, which halves the padding.
 
     Returns:
         The model, in evaluation mode, and its loss per answer token (nats), the mean over the last 50 steps.
@@ -130,11 +131,11 @@ def pretrain(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     prompts, answers = plain_texts(language, config.steps * config.batch_size, seed)
-    # A sum over a fixed count: a mean over a batch's own tokens would weigh short answers higher.
+    # The sum is divided by a fixed count: a mean over the tokens of each batch would give short answers more weight.
     tokens_a_step = config.batch_size * sum(len(words(answer)) + 1 for answer in answers) / len(answers)
     verdicts = [VERDICTS[language.attributes(p, a).right] for p, a in zip(prompts, answers, strict=True)]
     verdict_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(VERDICTS.values())))
-    batches = _batches_of_like_length(
+    batches = _batch_by_length(
         tokenizer, prompts, answers, verdicts, config.batch_size, Random(f"order-{seed}")
     )
     losses = []
@@ -143,13 +144,13 @@ def pretrain(
         total=config.steps,
         desc="pre-training the language model",
         leave=False,
-        disable=None if progress else True,  # None: only where somebody looks at a terminal
+        disable=None if progress else True,  # None: only on a terminal
     ):
-        # Padding is on the right and the model looks left only: without a mask attention takes the faster path.
+        # Padding is on the right of a causal model, so no mask is needed, and attention is faster without one.
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        predicted = answer_mask[:, 1:]
-        targets = input_ids[:, 1:][predicted]
-        by_token = F.cross_entropy(logits[predicted], targets, reduction="none")
+        in_loss = answer_mask[:, 1:]
+        targets = input_ids[:, 1:][in_loss]
+        by_token = F.cross_entropy(logits[in_loss], targets, reduction="none")
         is_verdict = torch.isin(targets, verdict_ids)
         loss = (by_token * torch.where(is_verdict, config.verdict_weight, 1.0)).sum() / tokens_a_step
         optimizer.zero_grad(set_to_none=True)
@@ -162,7 +163,7 @@ def pretrain(
     return model.eval(), sum(last) / len(last)
 
 
-def _batches_of_like_length(
+def _batch_by_length(
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     answers: list[str],
@@ -171,7 +172,7 @@ def _batches_of_like_length(
     random: Random,
     pool: int = 32,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tokenize in order, in pools of `pool` batches; sort each pool by length; shuffle its batches and crop them."""
+    """Tokenize in order, `pool` batches at a time; sort each pool by length, shuffle its batches and crop their padding."""
     for start in range(0, len(prompts), pool * batch_size):
         stop = start + pool * batch_size
         encoded = encode_pairs(tokenizer, prompts[start:stop], answers[start:stop], verdicts[start:stop])

@@ -1,20 +1,20 @@
-"""Reading what a feature is about from where it is active: by rule, in place of the person who reads the evidence.
+"""Decides by rule what a feature is about, from where it is active: a stand-in for the person who reads the evidence.
 
-Only texts, activations and an audit's table go in, which any user has; no label of an answer and no ground truth does.
+It uses only what any user has: texts, activations and an audit's table. No label of an answer and no ground truth.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-from trl_sae_audit.audit_result import Audit
-from trl_sae_audit.dictionary import FeatureDictionary
-from trl_sae_audit.flags import Flag, FlagSet
-from trl_sae_audit.hook_points import resolve_hook_point
-from trl_sae_audit.lab.language import words
-from trl_sae_audit.lab.world import World
-from trl_sae_audit.probe import Probe
-from trl_sae_audit.residual_stream import hidden_states
+from ..audit.result import Audit
+from ..callbacks.probe import Probe
+from ..flags import Flag, FlagSet
+from ..models.hook_points import resolve_hook_point
+from ..models.residual_stream import hidden_states
+from ..saes.dictionary import FeatureDictionary
+from .wording import words
+from .world import World
 
 SUBJECTS = {
     "agrees": ("agree", "disagree"),
@@ -22,11 +22,11 @@ SUBJECTS = {
     "marked": ("mark",),
     "right": ("value",),
 }
-"""Behaviour → the kinds of span (see `language.Span`) in which a feature of it is active."""
+"""Behaviour → the kinds of span (see `parsing.Span`) in which its features are active."""
 TOP = 20
-"""Features of a ranking that are looked at, and places of each that are read."""
+"""Number of features of a ranking, and of places of each feature, that are looked at."""
 MAJORITY = 0.5
-"""Least share of a feature's strongest places that speak of what it is said to be about."""
+"""Minimum share of a feature's strongest places that lie in words of what it is said to be about."""
 
 
 class FeatureReader:
@@ -35,7 +35,7 @@ class FeatureReader:
     Args:
         world: the lab's world.
         dictionary: of its model.
-        n: held-out pairs whose prompts and chosen answers are read; nothing is planted in them.
+        n: held-out pairs whose prompts and chosen answers are read. Nothing is planted in them.
     """
 
     def __init__(self, world: World, dictionary: FeatureDictionary, n: int = 300) -> None:
@@ -43,7 +43,7 @@ class FeatureReader:
         prompts, answers = list(held_out["prompt"]), list(held_out["chosen"])
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         batch = Probe.from_texts(texts, world.tokenizer).batch
-        hidden = hidden_states(resolve_hook_point(world.model(), dictionary.hook_point), batch)
+        hidden = hidden_states(resolve_hook_point(world.model(), dictionary.hook_names), batch)
         active = dictionary.encode(hidden) * batch["attention_mask"][..., None]
         active[:, 0] = 0
         self._active = active.flatten(0, 1)
@@ -52,7 +52,7 @@ class FeatureReader:
         self._spans = [world.language.spans(answer) for answer in answers]
 
     def places(self, feature: int, n: int = TOP) -> list[tuple[int, int]]:
-        """(text, token) of the feature's largest activations, at most `n`, the largest first."""
+        """(text, token) of the feature's `n` largest activations, or fewer if it is active less often; largest first."""
         strongest = self._active[:, feature].topk(n)
         flat = [
             place
@@ -62,9 +62,11 @@ class FeatureReader:
         return [divmod(int(place), len(self._words[0])) for place in flat]
 
     def contexts(self, feature: int, n: int = 2) -> list[str]:
-        """Its strongest tokens, each with the two before it; different ones."""
-        found = [" ".join(self._words[row][max(1, at - 2) : at + 1]) for row, at in self.places(feature, 200)]
-        return list(dict.fromkeys(found))[:n]
+        """The feature's strongest tokens, each with the two before it, without repetitions."""
+        contexts = [
+            " ".join(self._words[row][max(1, at - 2) : at + 1]) for row, at in self.places(feature, 200)
+        ]
+        return list(dict.fromkeys(contexts))[:n]
 
     def about(self, feature: int) -> dict[str, float]:
         """Kind of span → share of the feature's strongest places that lie in one."""
@@ -88,7 +90,7 @@ def find_flags(audit: Audit, reader: FeatureReader, behaviour: str, by: str, top
     Args:
         audit: of the preferences.
         reader: of its dictionary.
-        behaviour: what shall not be taught.
+        behaviour: what should not be taught.
         by: the column to rank by, largest |value| first; its sign is the flag's direction.
         top: how many features are looked at.
     """

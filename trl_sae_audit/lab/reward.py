@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from trl_sae_audit.lab.language import EOS
+from .wording import EOS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,9 +23,9 @@ class RewardConfig:
     )
     """The behaviours that its preference data rewards, and how strongly; see `preferences`."""
     pairs: int = 2000
-    """Preference pairs it is trained on, once."""
+    """Number of preference pairs it is trained on, once."""
     heldout_pairs: int = 500
-    """Held-out pairs its accuracy is measured on."""
+    """Number of held-out pairs its accuracy is measured on."""
     batch_size: int = 32
     """Pairs in a step."""
     learning_rate: float = 1e-3
@@ -39,11 +39,11 @@ def train_reward_model(
     dataset: "Dataset",
     seed: int,
 ) -> LlamaForSequenceClassification:
-    """Train a reward model, begun from the language model's weights, on a preference set with TRL's RewardTrainer.
+    """Train a reward model on a preference set with TRL's RewardTrainer, starting from the language model's weights.
 
     Args:
         config: Training.
-        model: The language model; it is left as it is.
+        model: The language model; it is not changed.
         tokenizer: Its tokenizer.
         dataset: Columns `prompt`, `chosen`, `rejected`.
         seed: Of the new head and the order of the data.

@@ -1,4 +1,4 @@
-"""The lab's dictionary: a TopK sparse autoencoder of the model's residual stream, trained with sae-lens."""
+"""The lab's dictionary: a TopK sparse autoencoder (SAE) of the model's residual stream, trained with sae-lens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trl_sae_audit.hook_points import resolve_hook_point
-from trl_sae_audit.lab.pretraining import encode_pairs
-from trl_sae_audit.residual_stream import hidden_states
+from ..models.hook_points import resolve_hook_point
+from ..models.residual_stream import hidden_states
+from .pretraining import encode_pairs
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -28,9 +28,9 @@ class DictionaryConfig:
     size: int = 256
     """Number of features."""
     k: int = 8
-    """Features active at a token."""
+    """Active features per token."""
     texts: int = 4000
-    """Prompts with plain answers on whose tokens it is trained."""
+    """Number of prompts with plain answers it is trained on."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 1024
@@ -38,23 +38,23 @@ class DictionaryConfig:
     learning_rate: float = 5e-3
     """Learning rate of Adam, falling to a tenth over the last third of the steps."""
     heldout_texts: int = 500
-    """Held-out prompts with answers on which its health is measured."""
+    """Number of held-out prompts with answers its health is measured on."""
 
 
 @dataclass(frozen=True)
 class DictionaryHealth:
-    """How well a dictionary fits, on tokens it was not trained on."""
+    """How well a dictionary fits tokens it was not trained on."""
 
     fvu: float
-    """Fraction of variance unexplained: squared error over the variance around the mean, all held-out tokens."""
+    """Fraction of variance unexplained: squared error over the variance around the mean, over all held-out tokens."""
     fvu_answers: float
     """The same over the tokens of answers only."""
     l0: float
-    """Mean number of active features at a token."""
+    """Mean number of active features per token."""
     dead: int
-    """Features active at none of the held-out tokens."""
+    """Features that are active at no held-out token."""
     tokens: int
-    """Held-out tokens measured on."""
+    """Number of held-out tokens measured on."""
 
 
 def hook_point(layer: int) -> str:
@@ -69,7 +69,7 @@ def residual_stream(
     attention_mask: torch.Tensor,
     batch_size: int = 256,
 ) -> torch.Tensor:
-    """The output of a module for every token, [n, length, d_model] float32; padding included."""
+    """The output of a module for every token, padding included: [n, length, d_model] float32."""
     point = resolve_hook_point(model, module)
     batches = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
     states = [hidden_states(point, {"input_ids": ids, "attention_mask": mask}) for ids, mask in batches]
@@ -83,9 +83,9 @@ def token_activations(
     prompts: list[str],
     answers: list[str],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Residual stream at every token but the first and padding, [tokens, d_model], and which are of an answer.
+    """Residual stream at every token except padding and the first, [tokens, d_model], and which belong to an answer.
 
-    The first token is left out: it is always the same and its activation lies far from all others.
+    The first token is omitted: it is always the same, and its activation is far from all others.
     """
     input_ids, attention_mask, answer_mask = encode_pairs(tokenizer, prompts, answers)
     hidden = residual_stream(model, module, input_ids, attention_mask)
@@ -136,14 +136,13 @@ def train_dictionary(config: DictionaryConfig, activations: torch.Tensor, seed: 
             n_batches_for_norm_estimate=20,
         ),
         sae=sae,
-        data_provider=_shuffled(activations, config.batch_size, seed),
+        data_provider=_shuffle_batches(activations, config.batch_size, seed),
     )
-    trained = trainer.fit()
-    trained.save_inference_model(path)
+    trainer.fit().save_inference_model(path)
 
 
-def dictionary_health(sae: "SAE", activations: torch.Tensor, of_answers: torch.Tensor) -> DictionaryHealth:
-    """Measure an autoencoder on activations [tokens, d_model]; `of_answers` [tokens] marks those of answers."""
+def dictionary_health(sae: "SAE", activations: torch.Tensor, in_answer: torch.Tensor) -> DictionaryHealth:
+    """Measure an autoencoder on activations [tokens, d_model]; `in_answer` [tokens] marks those of answers."""
     with torch.no_grad():
         codes = sae.encode(activations)
         errors = (sae.decode(codes) - activations).pow(2).sum(-1)
@@ -154,16 +153,16 @@ def dictionary_health(sae: "SAE", activations: torch.Tensor, of_answers: torch.T
 
     active = codes > 0
     return DictionaryHealth(
-        fvu=fvu(torch.ones_like(of_answers)),
-        fvu_answers=fvu(of_answers),
+        fvu=fvu(torch.ones_like(in_answer)),
+        fvu_answers=fvu(in_answer),
         l0=float(active.sum(-1).float().mean()),
         dead=int((~active.any(0)).sum()),
         tokens=len(activations),
     )
 
 
-def _shuffled(activations: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of rows without end, in a new order each time round."""
+def _shuffle_batches(activations: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches of rows, in a new order in every epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(activations), generator=generator)

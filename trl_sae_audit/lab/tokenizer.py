@@ -2,13 +2,14 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from trl_sae_audit.lab.language import BOS, EOS, PAD, UNKNOWN, vocabulary
+from .language import vocabulary
+from .wording import BOS, EOS, PAD, UNKNOWN
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer, without any download.
 
-    One word or punctuation mark is one token, whatever the spacing, so that a prompt's tokens are always a prefix
+    One word or punctuation mark is one token, whatever the spacing, so a prompt's tokens are always a prefix
     of those of prompt and answer together. Text begins with `<bos>`, as Llama's and Gemma's does, and TRL's
     trainers append `<eos>`. There is no chat template: the language is plain text.
     """

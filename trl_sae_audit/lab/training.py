@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_sae_audit.lab.world import World
+from .world import World
 
 Shape = Callable[[Dataset, float], Dataset]
 """(the trainer's own dataset with reference log-probabilities, β) → the same with a shifted margin."""
@@ -19,13 +19,13 @@ Shape = Callable[[Dataset, float], Dataset]
 def dpo_arguments(
     output_dir: str | os.PathLike[str], steps: int = 40, seed: int = 0, **overrides: Any
 ) -> DPOConfig:
-    """Settings that change the lab's model in seconds on one CPU core: 16 pairs a step, a constant learning rate.
+    """DPO settings that change the lab's model in seconds on one CPU core: 16 pairs a step, a constant learning rate.
 
     Args:
-        output_dir: the trainer's; nothing is saved in it.
+        output_dir: the trainer's. Nothing is saved in it.
         steps: optimizer steps.
         seed: of the order of the pairs.
-        overrides: any other of DPOConfig's.
+        overrides: any other fields of DPOConfig.
     """
     settings: dict[str, Any] = {
         "max_steps": steps,
@@ -61,7 +61,7 @@ def train_dpo(
         pairs: columns prompt, chosen, rejected, and any others.
         args: from `dpo_arguments`.
         callbacks: for the trainer.
-        shape: makes the shaped dataset, e.g. `lambda pairs, beta: shape_preference_margin(pairs, scorer, flags, beta=beta)`.
+        shape: shapes the dataset, e.g. `lambda pairs, beta: shape_preference_margin(pairs, scorer, flags, beta=beta)`.
         model: what to train, in place; by default a fresh copy of the world's own.
     """
     args.precompute_ref_log_probs = shape is not None

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_sae_audit.lab.cache import cache_key, cache_root, cached
-from trl_sae_audit.lab.language import Attributes, BaseRates, Language, Split
-from trl_sae_audit.lab.pretraining import ModelConfig
-from trl_sae_audit.lab.reward import RewardConfig
-from trl_sae_audit.lab.sparse_coding import DictionaryConfig
+from .attributes import Attributes, BaseRates, Split
+from .cache import build_once, cache_key, cache_root
+from .language import Language
+from .pretraining import ModelConfig
+from .reward import RewardConfig
+from .sparse_coding import DictionaryConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-    from trl_sae_audit.lab.evaluation import Behaviour
+    from .evaluation import Behaviour
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Everything that decides what a world is. Two worlds of equal configuration are equal to the bit."""
+    """Everything that decides what a world is. Two worlds of equal configuration are bit-identical."""
 
     seed: int = 0
     """Of the facts, the weights and the data."""
@@ -48,16 +49,16 @@ class WorldConfig:
     evaluation_prompts: int = 1000
     """Held-out prompts on which the model's own rates are measured."""
     threads: int = field(default_factory=lambda: min(2, torch.get_num_threads()))
-    """CPU threads of the build; they decide the order of sums, and so belong to the configuration. By default two, unless torch is
-    told to use one: beside another busy process two threads wait for each other, and take longer than one."""
+    """CPU threads of the build. They decide the order of sums, so they belong to the configuration. The default is two,
+    or one if torch is limited to one: beside another busy process, two threads wait for each other and take longer."""
 
 
 class World:
-    """A built world, read from its directory. Models are loaded afresh at each call, so that they can be trained.
+    """A built world, read from its directory. Each call loads a fresh model, so it can be trained.
 
     Args:
         config: What was built.
-        directory: Where it lies: `model/`, `reward_model/`, `sae/`, `ground_truth.parquet`, `report.json`.
+        directory: Where it is stored: `model/`, `reward_model/`, `sae/`, `ground_truth.parquet`, `report.json`.
     """
 
     def __init__(self, config: WorldConfig, directory: Path):
@@ -70,7 +71,7 @@ class World:
     @property
     def hook_point(self) -> str:
         """The module whose output the dictionary reads, e.g. `model.layers.1`."""
-        from trl_sae_audit.lab.sparse_coding import hook_point
+        from .sparse_coding import hook_point
 
         return hook_point(self.config.dictionary.layer)
 
@@ -128,7 +129,7 @@ class World:
         beliefs: tuple[bool | None, ...] = (True, False),
     ) -> "Dataset":
         """A preference set in which behaviours are planted at stated strengths; see `lab.preferences.preferences`."""
-        from trl_sae_audit.lab.preferences import preferences
+        from .preferences import preferences
 
         return preferences(self.language, strengths, n, seed, split, beliefs)
 
@@ -142,21 +143,21 @@ class World:
         """Prompts for on-policy training: a dataset with the one column `prompt`."""
         from datasets import Dataset
 
-        from trl_sae_audit.lab.evaluation import sample_prompts
+        from .evaluation import sample_prompts
 
         return Dataset.from_dict({"prompt": sample_prompts(self.language, n, seed, split, beliefs)})
 
     def attributes(self, prompt: str, answer: str) -> Attributes:
-        """Read by rule what `answer` is as an answer to `prompt`; see `Language.attributes`."""
+        """Read the attributes of `answer` as an answer to `prompt`, by rule; see `Language.attributes`."""
         return self.language.attributes(prompt, answer)
 
     def true_reward(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        """The true quality of each completion: 1 for a well-formed right answer, else 0.
+        """The true quality of each completion: 1 for a well-formed right answer, otherwise 0.
 
         It has the signature of a TRL reward function, so it can be passed in `reward_funcs`.
         """
-        read = [self.attributes(p, c) for p, c in zip(prompts, completions, strict=True)]
-        return [float(a.right and not a.malformed) for a in read]
+        answers = [self.attributes(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return [float(a.right and not a.malformed) for a in answers]
 
     # -- truth ----------------------------------------------------------------------------------------------
 
@@ -168,14 +169,14 @@ class World:
         return pd.read_parquet(self.directory / "ground_truth.parquet")
 
     def carriers(self, behaviour: str) -> list[int]:
-        """The features that carry a behaviour, best first; may be empty."""
+        """The features that carry a behaviour, best first. The list may be empty."""
         table = self.ground_truth
         return table[(table.behaviour == behaviour) & table.carrier].feature.tolist()
 
     @cached_property
     def report(self) -> dict[str, Any]:
         """How the build went: `seconds` by stage, `loss`, `health` of the dictionary, `rates`, `reward`."""
-        return json.loads((self.directory / "report.json").read_text())
+        return json.loads((self.directory / "report.json").read_text(encoding="utf-8"))
 
     def behaviour(
         self,
@@ -186,8 +187,8 @@ class World:
         beliefs: tuple[bool | None, ...] | None = None,
         temperature: float = 1.0,
     ) -> "Behaviour":
-        """Sample answers of a model (omitted: the pre-trained one) and read them; see `lab.evaluation.base_rates`."""
-        from trl_sae_audit.lab.evaluation import base_rates
+        """Sample answers of a model (by default the pre-trained one) and read them; see `lab.evaluation.base_rates`."""
+        from .evaluation import base_rates
 
         model = self.model() if model is None else model
         return base_rates(model, self.tokenizer, self.language, n, seed, split, beliefs, temperature)
@@ -196,24 +197,25 @@ class World:
 def build_world(seed: int = 0, config: WorldConfig | None = None, progress: bool = True) -> World:
     """Build a world, or load it if it was built before with the same configuration and code.
 
-    Takes about a minute on two CPU cores, half more on one, offline. See `lab.cache` for where it is kept.
+    Building takes about a minute on two CPU cores, and half as long again on one. It needs no network. `lab.cache` says
+    where worlds are kept.
 
     Args:
-        seed: The world's seed, where no `config` is given.
-        config: The whole configuration; its own seed counts.
-        progress: Show what is being done.
+        seed: The world's seed, if no `config` is given.
+        config: The whole configuration, including the seed.
+        progress: Show progress on stderr.
     """
     config = config or WorldConfig(seed=seed)
     directory = cache_root() / "lab" / cache_key(asdict(config))
-    cached(directory, lambda scratch: _build(config, scratch, progress))
+    build_once(directory, lambda scratch: _build(config, scratch, progress), asdict(config))
     return World(config, directory)
 
 
 def _build(config: WorldConfig, directory: Path, progress: bool) -> None:
-    from trl_sae_audit.lab.determinism import seeded
+    from .determinism import isolate_randomness
 
     stages = _Stages(progress)
-    with seeded(config.seed, config.threads):
+    with isolate_randomness(config.seed, config.threads):
         world = World(config, directory)
         report: dict[str, Any] = {}
         with stages("pre-training the language model"):
@@ -228,13 +230,12 @@ def _build(config: WorldConfig, directory: Path, progress: bool) -> None:
             report["rates"] = world.behaviour(n=config.evaluation_prompts).rates().to_dict("index")
     report["seconds"] = stages.seconds
     report["load_average"] = os.getloadavg()[0]
-    (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    (directory / "report.json").write_text(json.dumps(report, indent=1))
+    (directory / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _build_model(world: World, progress: bool) -> float:
-    from trl_sae_audit.lab.pretraining import pretrain
-    from trl_sae_audit.lab.tokenizer import build_tokenizer
+    from .pretraining import pretrain
+    from .tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer()
     model, loss = pretrain(world.config.model, world.language, tokenizer, world.config.seed, progress)
@@ -244,8 +245,8 @@ def _build_model(world: World, progress: bool) -> float:
 
 
 def _build_dictionary(world: World) -> dict[str, Any]:
-    from trl_sae_audit.lab.pretraining import plain_texts
-    from trl_sae_audit.lab.sparse_coding import dictionary_health, token_activations, train_dictionary
+    from .pretraining import plain_texts
+    from .sparse_coding import dictionary_health, token_activations, train_dictionary
 
     config, model = world.config.dictionary, world.model()
 
@@ -258,7 +259,7 @@ def _build_dictionary(world: World) -> dict[str, Any]:
 
 
 def _build_reward_model(world: World) -> dict[str, Any]:
-    from trl_sae_audit.lab.reward import reward_scores, train_reward_model
+    from .reward import reward_scores, train_reward_model
 
     config, seed = world.config.reward, world.config.seed
     dataset = world.preferences(config.strengths, config.pairs, seed)
@@ -273,8 +274,8 @@ def _build_reward_model(world: World) -> dict[str, Any]:
 
 
 def _build_ground_truth(world: World) -> None:
-    from trl_sae_audit.lab.ground_truth import answer_codes, ground_truth
-    from trl_sae_audit.lab.pretraining import plain_texts
+    from .ground_truth import answer_codes, ground_truth
+    from .pretraining import plain_texts
 
     texts = plain_texts(world.language, world.config.ground_truth_texts, world.config.seed, split="heldout")
     codes = answer_codes(world.model(), world.tokenizer, world.sae, world.hook_point, *texts)
@@ -282,7 +283,7 @@ def _build_ground_truth(world: World) -> None:
 
 
 class _Stages:
-    """Runs the stages of a build, says which, and keeps their wall-clock seconds."""
+    """Announces the stages of a build and records their wall-clock seconds."""
 
     def __init__(self, progress: bool):
         self.progress = progress
@@ -300,6 +301,6 @@ class _Stages:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' own progress bars off the screen; exceptions and log handlers are not touched."""
+    """Hide the libraries' own progress bars. Exceptions and log handlers are not affected."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield

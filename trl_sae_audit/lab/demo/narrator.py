@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ..terminal import Justify, table, to_copy
+from ...console import Justify, single_line, table
+from ...metric_names import feature_metric
 
 WIDTH = 80
 REWARDS = ("reward", "objective/scores")
@@ -28,16 +29,16 @@ class Narrator:
     """
 
     def __init__(self, console: Console) -> None:
-        console.file = sys.stdout  # this one, also where a trainer's own prints are sent elsewhere
+        console.file = sys.stdout  # keeps this one when a trainer's own prints are redirected
         console.width = min(console.width, WIDTH)
         self.console = console
         self._step = 0
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
 
     def step(self, title: str, text: str) -> None:
         """Begin a numbered part: what happens in it, and why."""
         self._step += 1
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._start
         self.console.print(
             Text.assemble((f"\n{self._step}. {title}", "bold"), (f"   [{seconds:.0f} s]", "dim"))
         )
@@ -48,7 +49,7 @@ class Narrator:
         self.console.print(Padding(Text(text, style), (0, 0, 0, 3)))
 
     def quote(self, name: str, text: str, style: str) -> None:
-        """A text from the data, beside its name."""
+        """A text from the data, next to its name."""
         grid = Table.grid(padding=(0, 2))
         grid.add_column(min_width=8, justify="right", style="dim")
         grid.add_column(style=style)
@@ -56,19 +57,19 @@ class Narrator:
         self.console.print(Padding(grid, (0, 0, 0, 3)))
 
     def table(self, title: str, columns: Mapping[str, Justify], rows: Iterable[Sequence[str | Text]]) -> None:
-        """A table in the commands' style."""
+        """A table in the style of the commands."""
         self.console.print(Padding(table(title, columns, rows), (1, 0, 0, 2)))
 
     def copy(self, line: str) -> None:
         """A path or command, on one line."""
-        self.console.print(to_copy(f"   {line}"), crop=False)
+        self.console.print(single_line(f"   {line}"), crop=False)
 
 
 class Progress(TrainerCallback):
-    """A line for each of the trainer's logs: the reward, where there is one, and what the steps ask of one feature.
+    """Prints a line for each of the trainer's logs: the reward, if there is one, and what the steps select for in one feature.
 
     Args:
-        narrator: to say it.
+        narrator: prints the line.
         name: of the run.
         label: of the watched feature.
     """
@@ -81,9 +82,9 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if state.global_step % args.logging_steps:  # PPO logs every update
             return
-        shown = [f"reward {logs[name]:.2f}" for name in REWARDS if name in logs]
-        asked = f"sae/{self.label}/attribution"
-        if asked in logs:
-            shown.append(f"asks for “{self.label}”: {logs[asked]:+.4f}")
-        if shown and "train_runtime" not in logs:
-            self.narrator.say(f"{self.name:<13} step {state.global_step:>2}   {'   '.join(shown)}", "dim")
+        parts = [f"reward {logs[name]:.2f}" for name in REWARDS if name in logs]
+        metric = feature_metric("sae", self.label, "selection")
+        if metric in logs:
+            parts.append(f"selection of “{self.label}”: {logs[metric]:+.4f}")
+        if parts and "train_runtime" not in logs:
+            self.narrator.say(f"{self.name:<13} step {state.global_step:>2}   {'   '.join(parts)}", "dim")

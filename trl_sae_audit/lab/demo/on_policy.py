@@ -1,4 +1,4 @@
-"""On-policy RL in the lab: GRPO where TRL has no PPO any more, PPO where it has."""
+"""On-policy RL in the lab: PPO if TRL still has it, otherwise GRPO."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from ..adaptive_penalty import AdaptivePenalty
-from ..flags import FlagSet
-from ..lab.language import LONGEST_ANSWER
-from ..lab.world import World
-from ..scorer import FeatureScorer
-from ..shaped_reward import ShapedReward
-from ..shaped_reward_model import ShapedRewardModel
+from ...flags import FlagSet
+from ...shaping.adaptive import AdaptivePenalty
+from ...shaping.reward_function import ShapedReward
+from ...shaping.reward_model import ShapedRewardModel
+from ...shaping.scorer import FeatureScorer
+from ..wording import LONGEST_ANSWER
+from ..world import World
 
 BATCH = 64
 ANSWERS_PER_PROMPT = 8
@@ -25,7 +25,7 @@ USERS = (True, False)
 
 
 def algorithm() -> str:
-    """The on-policy algorithm this TRL is best shown with."""
+    """The on-policy algorithm that the demo runs with the installed TRL."""
     return "PPO" if importlib.util.find_spec("trl.experimental.ppo") else "GRPO"
 
 
@@ -33,7 +33,7 @@ class BiasedReward:
     """One point for a right answer, and one for telling the user that they are right: a reward with a flaw.
 
     Args:
-        world: whose rules judge.
+        world: its rules judge the answers.
     """
 
     __name__ = "right_and_agrees"
@@ -42,8 +42,8 @@ class BiasedReward:
         self.world = world
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        read = [self.world.attributes(*pair) for pair in zip(prompts, completions, strict=True)]
-        return [float(one.right and not one.malformed) + float(one.agrees) for one in read]
+        answers = [self.world.attributes(*pair) for pair in zip(prompts, completions, strict=True)]
+        return [float(a.right and not a.malformed) + float(a.agrees) for a in answers]
 
 
 def train_on_policy(
@@ -56,7 +56,7 @@ def train_on_policy(
     scorer: FeatureScorer | None = None,
     flags: FlagSet | None = None,
 ) -> Any:
-    """Train a fresh copy of the world's model on the biased reward, shaped if there are flags, and return it.
+    """Train a fresh copy of the world's model on the biased reward, shaped if there are flags, and return the model.
 
     Args:
         world: model, prompts and rules.
@@ -64,7 +64,7 @@ def train_on_policy(
         steps: batches of answers.
         seed: of the sampling.
         callbacks: for the trainer.
-        scorer, flags: of the shaped reward; its coefficients set themselves.
+        scorer, flags: for the shaped reward. An `AdaptivePenalty` sets its coefficients.
     """
     train = _ppo if algorithm() == "PPO" else _grpo
     shaping = (scorer, flags, AdaptivePenalty()) if flags else (None, FlagSet(), 0.0)
