@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from ..audit import audit_preferences
-from ..audit_result import Audit
-from ..dictionary import FeatureDictionary
+from ..audit.api import audit_preferences
+from ..audit.evidence import gather_evidence
+from ..audit.evidence_files import write_evidence
+from ..audit.result import Audit
+from ..data.opener import DatasetLike
 from ..errors import AuditError
-from ..evidence import gather_evidence
-from ..evidence_files import write_evidence
-from ..objectives import PreferenceLoss
-from ..preferences import Source as Data
-from ..preferences import iterate_rows
-from .sources import Source, View
+from ..report.lead import known_leads, read_lead
+from ..report.sources import ReportSource, View
+from ..saes.dictionary import FeatureDictionary
 
 _OF_THE_LOSS = ("loss_type", "beta", "label_smoothing", "max_length")
 
 
 def gather_for(
-    source: Source,
+    source: ReportSource,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
+    data: DatasetLike,
     dictionary: FeatureDictionary,
     *,
     features: int = 10,
-    max_rows: int | None = None,
     labels: Mapping[int, str] | None = None,
 ) -> Path:
-    """Gather evidence for the features a report puts in front, and keep it beside the source.
+    """Gather evidence for the leading features of a report, and store it with the source.
 
     For a run its data is audited first, into the directory `audit` in the record's own, which the report then also takes
     disparity and length correlation from; an audit there is used again.
@@ -45,7 +42,6 @@ def gather_for(
         model: the one the run began with, or the audit looked at.
         data: the pairs.
         features: how many of the largest in each direction; watched ones come besides.
-        max_rows: of a run's data, look at the first that many only.
 
     Returns:
         The audit's directory.
@@ -61,23 +57,26 @@ def gather_for(
         if source.sides != ("chosen", "rejected"):
             raise AuditError(
                 f"Evidence is gathered from preference pairs, and {source.directory} is the record of a run without "
-                "chosen and rejected sides; leave --evidence away."
+                "chosen and rejected sides; omit --evidence."
             )
-        if max_rows is not None:
-            data = [dict(row.columns) for row in islice(iterate_rows(data), max_rows) if row.columns]
         directory = source.directory / "audit"
         audit = audit_preferences(
-            model, tokenizer, data, dictionary, args=config, output_dir=directory, on_bad_row="set_aside"
+            model,
+            tokenizer,
+            data,
+            dictionary,
+            args=config,
+            output_dir=directory,
+            on_bad_row="set_aside",
+            lookahead=None,
         )
-    chosen = _in_front(view, features)
-    found = gather_evidence(
-        audit, chosen, model, tokenizer, data, dictionary, PreferenceLoss(tokenizer, config), labels=labels
-    )
-    write_evidence(source.directory, found)
+    chosen = _leading_features(view, features)
+    evidence = gather_evidence(audit, chosen, model, tokenizer, dictionary, labels=labels)
+    write_evidence(source.directory, evidence)
     return audit.directory
 
 
-def _view_of(source: Source, dictionary: FeatureDictionary) -> View:
+def _view_of(source: ReportSource, dictionary: FeatureDictionary) -> View:
     for view in source.views:
         if view.described["identity"] == dictionary.identity:
             return view
@@ -87,12 +86,15 @@ def _view_of(source: Source, dictionary: FeatureDictionary) -> View:
     )
 
 
-def _loss_settings(source: Source) -> dict[str, Any]:
-    described = source.manifest.get("arguments" if source.kind == "run" else "loss", {})
+def _loss_settings(source: ReportSource) -> dict[str, Any]:
+    manifest = source.manifest
+    described = manifest["config"].get("arguments", {}) if source.kind == "run" else manifest["loss"]
     return {name: described[name] for name in _OF_THE_LOSS if described.get(name) is not None}
 
 
-def _in_front(view: View, count: int) -> list[int]:
-    frame = view.features
-    largest = [*frame["attribution"].nlargest(count).index, *frame["attribution"].nsmallest(count).index]
+def _leading_features(view: View, count: int) -> list[int]:
+    """The watched features, and in each direction those that the report puts in front."""
+    score = read_lead(view.features, known_leads(view.features)[0])
+    score = score[score["rank"] >= 0].sort_values("rank", ascending=False, kind="stable")
+    largest = [feature for sign in (1, -1) for feature in score.index[sign * score["value"] > 0][:count]]
     return list(dict.fromkeys([*view.watched.values(), *(int(feature) for feature in largest)]))

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import __version__
-from .errors import AuditError
-from .visible_text import visible
+from .. import __version__
+from ..errors import AuditError
+from ..text import sanitize
+from .parser import parse_options
 
 USAGE_ERROR = 2
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its module in `trl_sae_audit.commands`, whose `main(argv)` returns the exit code."""
+    """A command: its module in `trl_sae_audit.cli`, whose `run(*OPTIONS)` returns the exit code."""
 
     module: str
     help: str
@@ -25,13 +26,17 @@ class Command:
 
 COMMANDS = {
     "audit": Command("audit", "which features would this preference data teach?"),
+    "label": Command("label", "what features are about: labels, fetched or made, and scored"),
     "flag": Command("flag", "mark a feature of an audit as one that should not be taught"),
     "filter": Command("filter", "remove, flip or weight the pairs that teach flagged features"),
     "verify": Command("verify", "did the scores predict what training did to the features?"),
+    "diff": Command("diff", "two checkpoints: which features rose and fell?"),
     "report": Command("report", "one HTML file about a run or an audit, to look at"),
     "compare": Command("compare", "several runs side by side: behaviour and features"),
     "train-sae": Command("train_sae", "train a dictionary for your own model, on your own texts"),
+    "direction": Command("direction", "directions of traits from pairs of answers, where there is no SAE"),
     "doctor": Command("doctor", "does this dictionary fit this model, and which trainers will work?"),
+    "cost": Command("cost", "what would attribution cost this run?"),
     "demo": Command("demo", "the whole loop on a small model made on the spot"),
 }
 
@@ -46,18 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trl-sae-audit {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        return _fail(_unknown(name))
-    from .terminal import quiet
+    if name == "--completion":
+        from .completion import completion_script
 
+        try:
+            modules = {command: (each.module, each.help) for command, each in COMMANDS.items()}
+            print(completion_script(" ".join(rest), modules))
+        except AuditError as error:
+            return _fail(str(error))
+        return 0
+    if name not in COMMANDS:
+        return _fail(_describe_unknown(name))
+    from ..console import replace_unencodable, silence_libraries
+
+    replace_unencodable()
     try:
-        with quiet():
-            module = importlib.import_module(f".commands.{COMMANDS[name].module}", __package__)
-            return module.main(rest)
+        module = importlib.import_module(f".{COMMANDS[name].module}", __package__)
+        known = vars(module).get("KNOWN", {})
+        options = parse_options(name, module.DESCRIPTION, module.EXAMPLE, module.OPTIONS, rest, **known)
+        with silence_libraries():
+            return module.run(*options)
     except AuditError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("stopped")
+        return _fail("Stopped.")
 
 
 def top_level_help() -> str:
@@ -78,7 +95,8 @@ def top_level_help() -> str:
             "  --config FILE.yaml  options from a file; those on the command line win",
             "  --json              one JSON document instead of text and tables",
             "",
-            "trl-sae-audit --version says which version this is.",
+            "trl-sae-audit --version says which version this is; --completion SHELL (bash,",
+            "zsh, tcsh) prints a script with which it completes commands and options.",
             "",
             "exit code: 0 done, 1 the answer is no, 2 it could not be done; then one sentence",
             "on stderr says why.",
@@ -86,12 +104,12 @@ def top_level_help() -> str:
     )
 
 
-def _unknown(name: str) -> str:
+def _describe_unknown(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}."
-    return f"there is no command {name!r}; {hint}"
+    return f"There is no command {name!r}; {hint}"
 
 
 def _fail(message: str) -> int:
-    print(f"trl-sae-audit: {visible(message)}", file=sys.stderr)
+    print(f"trl-sae-audit: {sanitize(message)}", file=sys.stderr)
     return USAGE_ERROR

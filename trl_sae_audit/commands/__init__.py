@@ -1,1 +1,0 @@
-"""The commands of `trl-sae-audit`, one module each."""
