@@ -40,16 +40,18 @@ from transformers import (
 )
 
 from trl_sae_audit import audit_preferences, load_dictionary
-from trl_sae_audit.audit_pass import AuditPass, ExampleArrays, last_hidden_state
-from trl_sae_audit.audit_statistics import Settings, feature_statistics
-from trl_sae_audit.audit_store import AuditStore, Part
-from trl_sae_audit.dictionary import FeatureDictionary
-from trl_sae_audit.hook_points import HookPoint, resolve_hook_point
-from trl_sae_audit.language_head import LanguageHead
-from trl_sae_audit.lookahead import Lookahead
-from trl_sae_audit.objectives import PreferenceLoss, TokenizedExample
-from trl_sae_audit.preferences import iterate_rows
-from trl_sae_audit.update_rule import UpdateRule
+from trl_sae_audit.audit.gradients import PROMPT_TAIL, AuditPass, ExampleArrays
+from trl_sae_audit.audit.lookahead.lookahead import Lookahead
+from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
+from trl_sae_audit.audit.objectives import PreferenceLoss, TokenizedExample
+from trl_sae_audit.audit.prompt_states import state_size
+from trl_sae_audit.audit.statistics import ResamplingConfig, feature_statistics
+from trl_sae_audit.audit.store import AuditStore, Part
+from trl_sae_audit.data.opener import iterate_rows
+from trl_sae_audit.models.hook_points import HookPoint, resolve_hook_point
+from trl_sae_audit.models.language_head import LanguageHead
+from trl_sae_audit.models.residual_stream import last_hidden_state
+from trl_sae_audit.saes.dictionary import FeatureDictionary
 
 
 def main() -> None:
@@ -58,8 +60,8 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("speed", "lookahead", "tiny", "scale", "power"))
     parser.add_argument("--model")
-    parser.add_argument("--sae")
-    parser.add_argument("--data")
+    parser.add_argument("--dictionary", "--sae", dest="sae")
+    parser.add_argument("--dataset", "--data", dest="data")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=256)
@@ -84,7 +86,7 @@ def load(
     loss = PreferenceLoss(tokenizer, args)
     rows = [(row.index, row.columns) for row in iterate_rows(options.data) if row.columns is not None]
     examples = loss.tokenize(rows[: options.pairs])
-    return model, resolve_hook_point(model, dictionary.hook_point), dictionary, loss, examples
+    return model, resolve_hook_point(model, dictionary.hook_names), dictionary, loss, examples
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -186,14 +188,14 @@ def lookahead(options: argparse.Namespace) -> None:
             predicted = batch["completion_mask"][:, 1:].bool()
             with torch.no_grad():
                 hidden = last_hidden_state(point.decoder, batch)[:, :-1][predicted]
-                looking._head.score(hidden, batch["input_ids"][:, 1:][predicted])
-            for name, gradient in looking._gradient_of(batch).items():
+                looking.gradients.head.score(hidden, batch["input_ids"][:, 1:][predicted])
+            for name, gradient in looking.gradients.of_batch(batch).items():
                 looking.parameters[name].grad = gradient
             optimizer.step()
             optimizer.zero_grad()
 
     def influence() -> None:
-        looking.influence(0)
+        looking.influence(looking.activation_gradient(0))
 
     looking = ahead()
     looking.update()
@@ -205,7 +207,7 @@ def lookahead(options: argparse.Namespace) -> None:
         },
         options.rounds,
     )
-    print(f"{len(examples)} pairs, probe of {len(probe)}, derivative: {looking.directional.method}")
+    print(f"{len(examples)} pairs, probe of {len(probe)}, derivative: {looking.jvp.method}")
     for name, seconds in times.items():
         print(f"{name:24s} {seconds:8.1f} s  {seconds / times['epoch']:.2f} of one epoch")
 
@@ -232,7 +234,14 @@ def tiny(options: argparse.Namespace) -> None:
             started = time.process_time()
             stream = IterableDataset.from_generator(_random_pairs, gen_kwargs={"count": pairs})
             audit = audit_preferences(
-                model, tokenizer, stream, dictionary, output_dir=directory, batch_size=256, progress=False
+                model,
+                tokenizer,
+                stream,
+                dictionary,
+                output_dir=directory,
+                batch_size=256,
+                lookahead=None,
+                progress=False,
             )
             passed = time.process_time()
             audit.features()
@@ -269,20 +278,20 @@ def scale(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as directory:
             started = time.perf_counter()
             header = {"dictionary": {**dictionary.info.__dict__}, "settings": {"seed": 0}}
-            store = AuditStore.create(Path(directory) / "audit", header, dictionary)
+            store = AuditStore.create(Path(directory) / "audit", header, dictionary, {})
             parts = -(-pairs // size)
             for number in range(parts):
                 rows = np.arange(number * size, min((number + 1) * size, pairs))
                 store.write_part(number, _simulated(rows, d_model, d_sae, active, rng))
             store.finish(parts, 1)
             wrote = time.perf_counter()
-            feature_statistics(store.parts, dictionary, pairs, Settings())
+            feature_statistics(store.parts, dictionary, pairs, ResamplingConfig())
             done = time.perf_counter()
             disk = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"{pairs:7d} pairs: write {wrote - started:6.1f} s, statistics {done - wrote:6.1f} s, peak memory {peak:6.0f} MiB, "
-            f"disk {disk / pairs:6.0f} bytes a pair ({4 * 2 * d_model} of them gradients, {active} active features an answer)",
+            f"disk {disk / pairs:6.0f} bytes a pair ({8 * 2 * d_model} of them gradients and residuals, {active} active features an answer)",
             flush=True,
         )
 
@@ -296,11 +305,20 @@ def _simulated(rows: np.ndarray, d_model: int, d_sae: int, active: int, rng: np.
         side=np.tile(np.array([1, -1], np.int8), (n, 1)),
         length=rng.integers(5, 200, size=(n, 2)).astype(np.int32),
         log_prob=np.zeros((n, 2), np.float32),
+        weight=np.tile(np.array([0.05, -0.05], np.float32), (n, 1)),
+        residual=rng.standard_normal((n, 2, d_model), dtype=np.float32),
         indptr=np.arange(0, 2 * n * active + 1, active, dtype=np.int64),
         feature=feature,
         mean=values[0],
-        extreme=values[1],
-        effect=values[2],
+        max_activation=values[1],
+        activation_attribution=values[2],
+        selected=0.05 * values[0],
+        peak=np.zeros(len(feature), np.int32),
+        active_tokens=np.zeros(len(feature), np.int32),
+        token_indptr=np.zeros(n * 2 + 1, np.int64),
+        token=np.zeros(0, np.int32),
+        prompt_tail=np.full((n, 2, PROMPT_TAIL), -1, np.int32),
+        prompt_state=np.zeros((n, state_size(d_model)), np.float32),
     )
     return Part(rows, rng.integers(0, 256, size=(n, 32), dtype=np.uint8), [], arrays, {})
 
@@ -316,7 +334,7 @@ def power(options: argparse.Namespace) -> None:
             contributions[:, :, :200] -= effect
             parts = [_plain_part(contributions)]
             dictionary = FeatureDictionary(torch.eye(2000), "model.layers.0", "each dimension")
-            table = feature_statistics(parts.copy, dictionary, n, Settings(n_flips=1999, n_halves=1))
+            table = feature_statistics(parts.copy, dictionary, n, ResamplingConfig(n_flips=1999, n_halves=1))
             found = table["q_value"] <= 0.05
             curve[str(n)][str(effect)] = float(found[:200].mean())
             curve[str(n)][f"false at {effect}"] = float(found[200:].mean())
@@ -331,11 +349,20 @@ def _plain_part(gradient: np.ndarray) -> Part:
         side=np.ones((n, 1), np.int8),
         length=np.full((n, 1), 5, np.int32),
         log_prob=np.zeros((n, 1), np.float32),
+        weight=np.ones((n, 1), np.float32),
+        residual=np.zeros_like(gradient),
         indptr=np.zeros(n + 1, np.int64),
         feature=np.zeros(0, np.int32),
         mean=nothing,
-        extreme=nothing,
-        effect=nothing,
+        max_activation=nothing,
+        activation_attribution=nothing,
+        selected=nothing,
+        peak=np.zeros(0, np.int32),
+        active_tokens=np.zeros(0, np.int32),
+        token_indptr=np.zeros(n * 1 + 1, np.int64),
+        token=np.zeros(0, np.int32),
+        prompt_tail=np.full((n, 1, PROMPT_TAIL), -1, np.int32),
+        prompt_state=np.zeros((n, state_size(gradient.shape[-1])), np.float32),
     )
     return Part(np.arange(n), np.zeros((n, 32), np.uint8), [], arrays, {})
 

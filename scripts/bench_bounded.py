@@ -81,8 +81,10 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--width", type=int, default=16, help="d_model")
     parser.add_argument("--pairs", type=int, default=2, help="pairs a step")
-    parser.add_argument("--logging-steps", type=int, default=100)
-    parser.add_argument("--save-steps", type=int, default=10_000, help="steps between two checkpoints")
+    parser.add_argument("--logging_steps", "--logging-steps", type=int, default=100)
+    parser.add_argument(
+        "--save_steps", "--save-steps", type=int, default=10_000, help="steps between two checkpoints"
+    )
     parser.add_argument("--without", action="store_true", help="train without the callback")
     options = parser.parse_args()
     build, tokenizer, pairs, dictionary = tiny_parts(

@@ -17,70 +17,31 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from meter import Stages
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
 from trl_sae_audit import FeatureAttributionCallback, FeatureDictionary, RunRecord, load_dictionary
-from trl_sae_audit.audit_pass import ExampleArrays, active_features
-from trl_sae_audit.audit_statistics import Settings, feature_statistics
-from trl_sae_audit.audit_store import Part
-from trl_sae_audit.channel import Channel
-from trl_sae_audit.hook_points import HookPoint
-from trl_sae_audit.record_writer import RecordWriter
+from trl_sae_audit.attribution.feature_tracker import FeatureTracker
+from trl_sae_audit.attribution.gradient_hook import ForwardRecord, TokenView
+from trl_sae_audit.attribution.microbatch import RowGradients
+from trl_sae_audit.audit.gradients import PROMPT_TAIL, ExampleArrays, active_features
+from trl_sae_audit.audit.prompt_states import state_size
+from trl_sae_audit.audit.statistics import ResamplingConfig, feature_statistics
+from trl_sae_audit.audit.store import Part
+from trl_sae_audit.models.hook_points import HookPoint
+from trl_sae_audit.record.writer import RecordWriter
 
-EXAMPLES, TOKENS, PAIRS = 8, 200, 64
-
-
-def memory() -> dict[str, float]:
-    """Resident MiB: of the process's own, and of mapped files."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        name: int(lines[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))
-    }
-
-
-class Stages:
-    """Peak memory and processor time of one thing after another."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._start = memory()["own"]
-        self._peak = 0.0
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            self._peak = max(self._peak, memory()["own"])
-            time.sleep(0.002)
-
-    @contextmanager
-    def stage(self, name: str, times: int = 1) -> Iterator[None]:
-        started = time.process_time()
-        self._peak = memory()["own"]
-        yield
-        seconds = (time.process_time() - started) / times
-        after = memory()
-        self.rows.append(
-            {
-                "stage": name,
-                "own": max(self._peak, after["own"]) - self._start,
-                "kept": after["own"] - self._start,
-                "mapped": after["mapped"],
-                "seconds": seconds,
-            }
-        )
+EXAMPLES, TOKENS = 8, 200
 
 
 def save_sae(directory: Path, features: int, width: int) -> None:
@@ -103,7 +64,7 @@ def save_sae(directory: Path, features: int, width: int) -> None:
         "metadata": {"hook_name": "model.layers.0", "sae_lens_version": "6.54.12"},
     }
     directory.mkdir()
-    (directory / "cfg.json").write_text(json.dumps(config))
+    (directory / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
     threshold = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - 40 / features)))
     weights = {
         "W_dec": decoder,
@@ -117,6 +78,7 @@ def save_sae(directory: Path, features: int, width: int) -> None:
 
 def stages_of(features: int, width: int, options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     """Loading, training, an answer and the statistics of an audit."""
+    pairs = options.pairs
     stages, generator = Stages(), torch.Generator().manual_seed(1)
     with stages.stage("load"):
         dictionary = load_dictionary(root / "sae", dtype=getattr(torch, options.dtype))
@@ -124,21 +86,30 @@ def stages_of(features: int, width: int, options: argparse.Namespace, root: Path
     hidden = torch.randn(TOKENS, width, generator=generator)
     answer = torch.ones(TOKENS, dtype=torch.bool)
     with stages.stage(f"audit: an answer of {TOKENS} tokens"):
-        found = active_features(dictionary, hidden, hidden, answer, answer)
+        found = active_features(dictionary, hidden, hidden, answer, answer, answer * 0.05)
     arrays = ExampleArrays(
-        gradient=np.random.default_rng(0).standard_normal((PAIRS, 2, width), dtype=np.float32),
-        side=np.tile(np.array([1, -1], np.int8), (PAIRS, 1)),
-        length=np.full((PAIRS, 2), TOKENS, np.int32),
-        log_prob=np.zeros((PAIRS, 2), np.float32),
-        indptr=np.arange(2 * PAIRS + 1, dtype=np.int64) * len(found[0]),
-        feature=np.tile(found[0], 2 * PAIRS),
-        mean=np.tile(found[1], 2 * PAIRS),
-        extreme=np.tile(found[2], 2 * PAIRS),
-        effect=np.tile(found[3], 2 * PAIRS),
+        gradient=np.random.default_rng(0).standard_normal((pairs, 2, width), dtype=np.float32),
+        side=np.tile(np.array([1, -1], np.int8), (pairs, 1)),
+        length=np.full((pairs, 2), TOKENS, np.int32),
+        log_prob=np.zeros((pairs, 2), np.float32),
+        weight=np.tile(np.array([0.05, -0.05], np.float32), (pairs, 1)),
+        residual=np.zeros((pairs, 2, width), np.float32),
+        indptr=np.arange(2 * pairs + 1, dtype=np.int64) * len(found[0]),
+        feature=np.tile(found[0], 2 * pairs),
+        mean=np.tile(found[1], 2 * pairs),
+        max_activation=np.tile(found[2], 2 * pairs),
+        activation_attribution=np.tile(found[3], 2 * pairs),
+        selected=np.tile(found[4], 2 * pairs),
+        peak=np.zeros((2 * pairs * len(found[0])), np.int32),
+        active_tokens=np.zeros((2 * pairs * len(found[0])), np.int32),
+        token_indptr=np.zeros(pairs * 2 + 1, np.int64),
+        token=np.zeros(0, np.int32),
+        prompt_tail=np.full((pairs, 2, PROMPT_TAIL), -1, np.int32),
+        prompt_state=np.zeros((pairs, state_size(width)), np.float32),
     )
-    part = Part(np.arange(PAIRS), np.zeros((PAIRS, 32), np.uint8), [], arrays, {})
-    with stages.stage(f"audit: statistics of {PAIRS} pairs, {options.flips:,} flips"):
-        feature_statistics(lambda: [part], dictionary, PAIRS, Settings(n_flips=options.flips))
+    part = Part(np.arange(pairs), np.zeros((pairs, 32), np.uint8), [], arrays, {})
+    with stages.stage(f"audit: statistics of {pairs} pairs, {options.flips:,} flips"):
+        feature_statistics(lambda: [part], dictionary, pairs, ResamplingConfig(n_flips=options.flips))
     return [*stages.rows, {"stage": "totals on disk", "own": size / 2**20}]
 
 
@@ -148,8 +119,8 @@ def training_stages(
     """What a training run does with a dictionary; the bytes of its totals on disk."""
     module = nn.Identity()
     point = HookPoint("model.layers.0", module, module)
-    settings = {"top_k": 20, "health_tokens": 64, "token_scores": False, "totals": None}
-    channel = Channel(dictionary, point, {"one": 1}, **settings)  # type: ignore[arg-type]
+    settings = {"top_k": 20, "health_tokens": 64}
+    tracker = FeatureTracker(dictionary, point, {"one": 1}, **settings)  # type: ignore[arg-type]
     header = {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
     writer = RecordWriter.create(root / "record", header)
     with stages.stage(
@@ -158,26 +129,24 @@ def training_stages(
         for last in range(10, 71, 10):
             for _ in range(10):
                 rows = torch.randn(EXAMPLES, dictionary.d_model, generator=generator)
-                channel.buffer.add(rows, torch.ones(EXAMPLES), paired=False)
-                channel.buffer.finish_step(1.0)
+                tracker._microbatches.append(RowGradients.of(rows, torch.ones(EXAMPLES)))
+                tracker.end_step(1.0)
             steps = np.arange(last - 9, last + 1)
-            tables = channel.project(
-                {"step": steps, "global_step": steps}, channel.pack(), keep_examples=False
-            )
-            channel.take_window()
+            tables = tracker.apply(tracker.pack(), {"step": steps, "global_step": steps})
+            tracker.take_window()
     for name, parts in tables.items():
         for part in parts:
             writer.append(name, part)
     with stages.stage("a log: health on 64 tokens"):
-        assert channel.sample is not None
+        assert tracker._sample is not None
         hidden = torch.randn(1, 64, dictionary.d_model, generator=generator)
-        channel.sample(hidden, hidden, None)
-        channel.measure_health()
+        tracker._sample(TokenView(hidden, hidden, ForwardRecord()))
+        tracker.measure_health()
     with stages.stage("a flush of the record"):
-        writer.flush(channel.totals.steps, {dictionary.name: channel.totals})
+        writer.flush(tracker.totals.steps, {dictionary.name: tracker.totals})
     size = sum(path.stat().st_size for path in (root / "record").rglob("*.safetensors"))
     writer.close("finished")
-    del channel, writer, tables
+    del tracker, writer, tables
     with stages.stage("the record read: features()"):
         RunRecord.load(root / "record").features()
     return size
@@ -242,7 +211,8 @@ def main() -> None:
     )
     parser.add_argument("--trainer", action="store_true", help="train a tiny model instead")
     parser.add_argument("--flips", type=int, default=9999, help="sign flips of an audit's statistics")
-    parser.add_argument("--only-audit", action="store_true", help="no training stages")
+    parser.add_argument("--pairs", type=int, default=64, help="of an audit's statistics")
+    parser.add_argument("--only_audit", "--only-audit", action="store_true", help="no training stages")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -261,7 +231,7 @@ def main() -> None:
     for features in options.features:
         with tempfile.TemporaryDirectory() as root:
             common = ["--features", str(features), "--width", str(options.width), "--directory", root]
-            common += ["--dtype", options.dtype, "--flips", str(options.flips)]
+            common += ["--dtype", options.dtype, "--flips", str(options.flips), "--pairs", str(options.pairs)]
             common += ["--only-audit"] * options.only_audit
             alone([*common, "--alone", "save"])
             rows = []

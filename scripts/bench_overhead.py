@@ -1,7 +1,7 @@
 """What the attribution callback costs a DPO step: paired steps of trainers with and without it, taking turns.
 
 Every variant is a whole TRL trainer in a thread of its own. They take turns, one optimizer step each, in an order
-drawn anew every round; a turn lasts from the beginning of a step to the beginning of that trainer's next one, so
+drawn again every round; a turn lasts from the beginning of a step to the beginning of that trainer's next one, so
 logging and writing the record count. Reported is the median over rounds of time with / time without, with a
 bootstrap interval. Without options it times a tiny model; `--model DIR --data PAIRS` times a real one.
 """
@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from meter import Stages
 from rich.console import Console
 from rich.table import Table
+from sae_lens import SAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from scipy.stats import bootstrap
-from tiny import quiet_config, tiny_parts
+from tiny import Parts, quiet_config, tiny_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
 from trl_sae_audit import FeatureAttributionCallback, FeatureDictionary, load_dictionary
-from trl_sae_audit.hook_points import resolve_hook_point
+from trl_sae_audit.data.opener import open_dataset
+from trl_sae_audit.models.hook_points import resolve_hook_point
+from trl_sae_audit.saes.encoder import SaeLensEncoder
 
-VARIANTS = ("without", "default scores", "token scores", "naive, every token")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "attribution alone": {"selection": False},
+    "default scores": {},
+    "default scores, no contexts": {"contexts": False},
+    "token scores": {"selection": False, "token_scores": True},
+}
+VARIANTS = ("without", *OPTIONS, "naive, every token")
 TINY = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
 
 
@@ -56,7 +66,7 @@ class NaiveCallback(TrainerCallback):
             projected = -(gradient.float() @ self.directions.T)
             self.total += projected.sum((0, 1))
 
-        resolve_hook_point(model, self.dictionary.hook_point).module.register_forward_hook(forward)
+        resolve_hook_point(model, self.dictionary.hook_names).module.register_forward_hook(forward)
 
 
 class Turns:
@@ -121,15 +131,37 @@ class TakeTurns(TrainerCallback):
 
 def real_parts(options: argparse.Namespace) -> tuple[Callable[[], Any], Any, Dataset, FeatureDictionary]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    dataset = load_dataset("json", data_files=options.data, split="train")
+    dataset = open_dataset(options.data)
     dataset = dataset.select_columns(["prompt", "chosen", "rejected"]).shuffle(seed=0)
     if options.dictionary:
         dictionary = load_dictionary(options.dictionary)
     else:
         width = AutoModelForCausalLM.from_pretrained(options.model).config.get_text_config().hidden_size
-        dictionary = FeatureDictionary(torch.randn(options.features, width), options.hook_point, "random")
+        dictionary = FeatureDictionary(
+            torch.randn(options.features or 16384, width), options.hook_point, "random"
+        )
     build = lambda: AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)  # noqa: E731
     return build, tokenizer, dataset, dictionary
+
+
+def small_parts(options: argparse.Namespace) -> Parts:
+    """Of the tiny model."""
+    return tiny_parts(**TINY | ({"features": options.features} if options.features else {}))
+
+
+def with_encoder(dictionary: FeatureDictionary) -> FeatureDictionary:
+    """The same directions as the decoder of a TopK SAE of 32, whose encoder is their transpose."""
+    if dictionary.encoder is not None:
+        return dictionary
+    config = TopKSAEConfig(
+        k=32, d_in=dictionary.d_model, d_sae=dictionary.d_sae, metadata=SAEMetadata(model_name="random")
+    )
+    with torch.random.fork_rng():
+        sae = SAE.from_dict(config.to_dict())
+    sae.W_dec.data = dictionary.directions
+    sae.W_enc.data = dictionary.directions.T.contiguous()
+    encoder = SaeLensEncoder(sae)
+    return FeatureDictionary(dictionary.directions, dictionary.hook_point, dictionary.name, encoder=encoder)
 
 
 def make_trainer(variant: str, parts: Any, options: argparse.Namespace, directory: Path) -> DPOTrainer:
@@ -149,10 +181,10 @@ def make_trainer(variant: str, parts: Any, options: argparse.Namespace, director
         train_dataset=dataset,
         processing_class=tokenizer,
     )
-    if variant in ("default scores", "token scores"):
+    if variant in OPTIONS:
         trainer.add_callback(
             FeatureAttributionCallback(
-                dictionary, directory / "record", watch={"one": 1}, token_scores=variant == "token scores"
+                with_encoder(dictionary), directory / "record", watch={"one": 1}, **OPTIONS[variant]
             )
         )
     elif variant.startswith("naive"):
@@ -163,7 +195,7 @@ def make_trainer(variant: str, parts: Any, options: argparse.Namespace, director
 def time_variants(variants: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
     clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     turns = Turns(list(variants), options.seed, clock)
-    parts = real_parts(options) if options.model else tiny_parts(**TINY)
+    parts = real_parts(options) if options.model else small_parts(options)
     with tempfile.TemporaryDirectory() as root:
         trainers = {}
         for variant in variants:
@@ -199,7 +231,7 @@ def ratio(times: list[float], base: list[float]) -> tuple[float, float, float]:
 
 
 def peak_memory(variant: str, argv: list[str]) -> float:
-    """MiB, of a process of its own that trains one variant alone."""
+    """MiB beyond the model and the data, of a process of its own that trains one variant alone."""
     done = subprocess.run(
         [sys.executable, __file__, *argv, "--alone", variant], capture_output=True, text=True, check=True
     )
@@ -207,13 +239,11 @@ def peak_memory(variant: str, argv: list[str]) -> float:
 
 
 def alone(variant: str, options: argparse.Namespace) -> None:
-    parts = real_parts(options) if options.model else tiny_parts(**TINY)
-    with tempfile.TemporaryDirectory() as root:
+    parts = real_parts(options) if options.model else small_parts(options)
+    stages = Stages()  # not ru_maxrss, which begins at the parent's
+    with tempfile.TemporaryDirectory() as root, stages.stage(variant):
         make_trainer(variant, parts, options, Path(root)).train()
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else stages.rows[0]["own"]
     print(json.dumps({"peak_mib": peak}))
 
 
@@ -222,15 +252,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="directory of a Hugging Face model; a tiny one is made without")
-    parser.add_argument("--data", help="JSONL of preference pairs: prompt, chosen, rejected")
+    parser.add_argument(
+        "--dataset", "--data", dest="data", help="JSONL of preference pairs: prompt, chosen, rejected"
+    )
     parser.add_argument("--dictionary", help="directory of an SAE; random directions without")
-    parser.add_argument("--hook-point", default="model.layers.9", help="where random directions hook")
-    parser.add_argument("--features", type=int, default=16384, help="number of random directions")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens a row")
+    parser.add_argument(
+        "--hook_point", "--hook-point", default="model.layers.9", help="where random directions hook"
+    )
+    parser.add_argument(
+        "--features",
+        type=int,
+        help="number of random directions (default: 4,096 of a tiny model, 16,384 of another)",
+    )
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=8, help="pairs a step")
+    parser.add_argument("--max_length", "--max-length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rounds", type=int, default=40, help="timed steps of every variant")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--logging-steps", type=int, default=10, help="TRL's default is 10")
+    parser.add_argument(
+        "--logging_steps", "--logging-steps", type=int, default=10, help="TRL's default is 10"
+    )
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_sae_audit import FeatureDictionary
-from trl_sae_audit.record_writer import RecordWriter
+from trl_sae_audit.attribution.totals import FeatureTotals
+from trl_sae_audit.record.writer import RecordWriter
 from trl_sae_audit.report import write_report
-from trl_sae_audit.totals import FeatureTotals
 
 TOP = 20
 BLOCK = 64
@@ -39,8 +39,8 @@ def simulate(directory: Path, steps: int, features: int) -> None:
     drift[:200] = generator.normal(0, 0.5, 200)
     noise = generator.normal(0, 1, (BLOCK, features)).astype(np.float32)
     header = {
-        "trainer": "DPOTrainer", "model": "simulated", "sides": ["chosen", "rejected"], "settings": {"top_k": TOP},
-        "dictionaries": [asdict(dictionary.info)], "watch": {dictionary.name: watch},
+        "trainer": "DPOTrainer", "model": "simulated", "sides": ["chosen", "rejected"],
+        "dictionaries": [asdict(dictionary.info)], "config": {"watch": {dictionary.name: watch}, "top_k": TOP},
     }  # fmt: skip
     writer = RecordWriter.create(directory, header)
     variance = np.ones((BLOCK, features), np.float32)
@@ -58,7 +58,7 @@ def simulate(directory: Path, steps: int, features: int) -> None:
             {
                 "step": np.repeat(step, len(logged)), "dictionary": [dictionary.name] * count,
                 "feature": np.tile(logged, n), "label": [names.get(int(f), "") for f in logged] * n,
-                "attribution": values, "standard_error": np.ones(count), "chosen": 0.4 * values, "rejected": 0.6 * values,
+                "attribution": values, "standard_error": np.ones(count), "positive": 0.4 * values, "negative": 0.6 * values,
             },
         )  # fmt: skip
         own = [dictionary.name] * n

@@ -29,7 +29,7 @@ from scipy.stats import bootstrap
 from transformers import TrainerCallback
 
 from trl_sae_audit import AdaptivePenalty, ShapedReward, ShapedRewardModel
-from trl_sae_audit.shaping import Shaper
+from trl_sae_audit.shaping.shaper import Shaper
 
 sys.path.append(str(Path(__file__).parent / "studies"))
 

@@ -1,24 +1,21 @@
 """The tables of docs/cost.md: what attribution would cost runs from 1B to 405B parameters.
 
-    python scripts/cost_tables.py
-
-Every row is one call of `trl-sae-audit doctor --plan`, whose options stand below the tables.
+python scripts/cost_tables.py
 """
 
 from __future__ import annotations
 
 import argparse
 
-from trl_sae_audit.commands.plan import (
-    MachineArguments,
-    PlanRunArguments,
-    machine_of,
-    percent,
-    seconds,
-    shapes_of,
-    size,
+from trl_sae_audit.cli.cost import (
+    CostEstimate,
+    ModelShape,
+    RunShape,
+    estimate_cost,
+    format_seconds,
+    format_share,
+    format_size,
 )
-from trl_sae_audit.plan import ModelShape, Plan, plan
 
 MODELS = {
     # name: parameters (with a head of its own), layers, width, GPUs
@@ -28,34 +25,32 @@ MODELS = {
     "405B": (405.9e9, 126, 16384, 1024),
 }
 VOCABULARY = 128_256
-DICTIONARIES = {65_536: ("float32", False), 1_048_576: ("bfloat16", True)}
-COMMON = {"max_length": 2048, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+DICTIONARIES = {65_536: (4, False), 1_048_576: (2, True)}
+"""Features → bytes of a weight, and whether the dictionary is offloaded."""
 
 
-def planned(model: str, features: int, *, token_scores: bool = False) -> Plan:
-    parameters, layers, width, gpus = MODELS[model]
-    shape = ModelShape.of_numbers(model, layers, width, VOCABULARY, round(parameters))
-    dtype, offload = DICTIONARIES[features]
-    arguments = PlanRunArguments(
-        d_sae=features,
-        dictionary_dtype=dtype,  # type: ignore[arg-type]
-        offload=offload,
-        processes=gpus,
+def shape_of(model: str) -> ModelShape:
+    """In the usual proportions: what is not embedding and head is in the layers, and the heads are as wide as the stream."""
+    parameters, layers, width, _ = MODELS[model]
+    active = round(parameters) - 2 * VOCABULARY * width
+    return ModelShape(model, layers, width, VOCABULARY, round(parameters), active, width)
+
+
+def cost_of(model: str, features: int, *, token_scores: bool = False) -> CostEstimate:
+    shape = shape_of(model)
+    weight_bytes, offload = DICTIONARIES[features]
+    run = RunShape(
+        features,
+        (shape.layers + 1) // 2,
+        tokens=2048,
+        answer_tokens=1024,
+        batch=8,
+        processes=MODELS[model][3],
         token_scores=token_scores,
-        **COMMON,  # type: ignore[arg-type]
+        weight_bytes=weight_bytes,
+        offload=offload,
     )
-    return plan(shape, *shapes_of(arguments, shape), machine_of(MachineArguments()))
-
-
-def command(model: str, features: int) -> str:
-    parameters, layers, width, gpus = MODELS[model]
-    dtype, offload = DICTIONARIES[features]
-    common = " ".join(f"--{name} {value}" for name, value in COMMON.items())
-    return (
-        f"trl-sae-audit doctor --plan --parameters {parameters / 1e9:g}e9 --layers {layers} --hidden_size {width} "
-        f"--vocab_size {VOCABULARY} --d_sae {features} --dictionary_dtype {dtype}{' --offload' * offload} "
-        f"--processes {gpus} {common}"
-    )
+    return estimate_cost(shape, run)
 
 
 def markdown(heading: list[str], rows: list[list[str]]) -> list[str]:
@@ -63,7 +58,7 @@ def markdown(heading: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def tables() -> str:
-    """Both tables and the commands, as Markdown."""
+    """Both tables, as Markdown."""
     time = [
         [
             "model",
@@ -83,21 +78,20 @@ def tables() -> str:
     ]  # fmt: skip
     for model, (_, _, _, gpus) in MODELS.items():
         for features in DICTIONARIES:
-            one, tokens = planned(model, features), ["–", "–"]
+            one, tokens = cost_of(model, features), ["–", "–"]
             if not DICTIONARIES[features][1]:
-                more = planned(model, features, token_scores=True)
-                tokens = [percent(more.flop_share), percent(more.time_share)]
+                more = cost_of(model, features, token_scores=True)
+                tokens = [format_share(more.flop_share), format_share(more.time_share)]
             time.append(
-                [model, f"{gpus:,}", f"{features:,}", seconds(one.train_seconds), percent(one.flop_share),
-                 percent(one.time_share), *tokens, percent(one.audit)]
+                [model, f"{gpus:,}", f"{features:,}", format_seconds(one.train_seconds), format_share(one.flop_share),
+                 format_share(one.time_share), *tokens, format_share(one.audit)]
             )  # fmt: skip
             held.append(
-                [model, f"{features:,}", size(sum(one.device_memory.values())), size(sum(one.host_memory.values())),
-                 size(sum(one.shared_memory.values())), size(one.network), percent(one.network / one.train_network),
-                 size(one.disk_row * 1000 + one.disk_totals)]
+                [model, f"{features:,}", format_size(sum(one.gpu.values())), format_size(sum(one.host.values())),
+                 format_size(one.mapped), format_size(one.network), format_share(one.network / (2 * MODELS[model][0])),
+                 format_size(one.disk_row * 1000 + one.disk_totals)]
             )  # fmt: skip
-    example = ["```sh", *(command(model, features) for model in MODELS for features in DICTIONARIES), "```"]
-    return "\n".join([*markdown(time[0], time[1:]), "", *markdown(held[0], held[1:]), "", *example])
+    return "\n".join([*markdown(time[0], time[1:]), "", *markdown(held[0], held[1:])])
 
 
 def main() -> None:

@@ -1,10 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-sae-audit"]
+#
+# [tool.uv.sources]
+# trl-sae-audit = { path = ".." }
+# ///
 """DPO with SAE feature attribution of every optimizer step.
 
     accelerate launch scripts/dpo.py --config configs/dpo/tiny.yaml
     accelerate launch scripts/dpo.py --help
 
-The data set is a JSONL or Parquet file, or one on the hub, with columns chosen and rejected, and prompt unless the
-prompt is in them.
+The dataset is a file, a folder, what `save_to_disk` wrote, or one on the Hub, with columns chosen and rejected, and prompt
+unless the prompt is in them.
 """
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,9 +25,9 @@ from trl import (
     get_quantization_config,
 )
 
-from trl_sae_audit.arguments import AttributionArguments, attribution_callback
-from trl_sae_audit.datafiles import load_rows
-from trl_sae_audit.summary import print_summary
+from trl_sae_audit.callbacks.arguments import AttributionArguments, attribution_callback
+from trl_sae_audit.callbacks.summary import print_summary, report_command, verify_command
+from trl_sae_audit.data.opener import open_dataset
 
 
 def main(
@@ -41,13 +48,14 @@ def main(
     )
 
     def rows(split: str):
-        return load_rows(
+        return open_dataset(
             script_args.dataset_name,
             config=script_args.dataset_config,
             split=split,
             columns=("chosen", "rejected"),
         )
 
+    attribution = attribution_callback(attribution_args, model, script_args.dataset_name)
     trainer = DPOTrainer(
         model,
         args=training_args,
@@ -55,13 +63,12 @@ def main(
         eval_dataset=rows(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[attribution_callback(attribution_args)],
+        callbacks=[attribution],
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if training_args.save_strategy != "no":
-        trainer.save_model()
-    if trainer.accelerator.is_main_process:
-        print_summary(attribution_args.record_dir or f"{training_args.output_dir}/sae_audit")
+    trainer.save_model()
+    if (record := attribution.record_directory) is not None:  # one process writes it
+        print_summary(record, next_commands=[report_command(record), verify_command(record)])
 
 
 if __name__ == "__main__":

@@ -9,18 +9,21 @@ must be.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from helpers.scenarios.clocks import clock, train_under_jumping_clock
+from helpers.scenarios.directories import directories, two_runs
+from helpers.scenarios.disks import disks
+from helpers.scenarios.kills import kills
+from helpers.scenarios.processes import dead_rank
+from helpers.scenarios.trainings import Bench, Result
 from rich.console import Console
 from rich.table import Table
-from scenarios.clocks import clock, train_under_jumping_clock
-from scenarios.directories import directories, two_runs
-from scenarios.disks import disks
-from scenarios.kills import kills
-from scenarios.processes import dead_rank
-from scenarios.trainings import Bench, Result, make_parts
 
 FAULTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "disks": disks,
@@ -50,7 +53,7 @@ def main() -> None:
     chosen = list(faults) if "all" in options.fault else options.fault
     table = Table("what", "times", "result")
     with tempfile.TemporaryDirectory() as root:
-        bench = Bench(Path(root), make_parts())
+        bench = Bench(Path(root))
         for name in chosen:
             for what, times, result in faults[name](bench):
                 table.add_row(what, str(times), result)

@@ -14,9 +14,10 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_sae_audit import RunRecord, load_dictionary
-from trl_sae_audit.hook_points import resolve_hook_point
-from trl_sae_audit.residual_stream import hidden_states, token_windows
-from trl_sae_audit.texts import read_texts
+from trl_sae_audit.data.texts import read_texts
+from trl_sae_audit.models.hook_points import resolve_hook_point
+from trl_sae_audit.models.residual_stream import hidden_states, token_windows
+from trl_sae_audit.statistics import NORMAL_QUANTILE
 
 BEFORE, AFTER = 6, 2
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("record", help="directory of the run record")
     parser.add_argument("--model", required=True, help="directory of the model, as it was before training")
     parser.add_argument("--dictionary", required=True, help="directory of the SAE")
-    parser.add_argument("--texts", required=True, help="texts to look at")
+    parser.add_argument("--dataset", "--texts", dest="texts", required=True, help="texts to look at")
     parser.add_argument("--windows", type=int, default=200, help="texts, or windows of them, to read")
     parser.add_argument("--context", type=int, default=160, help="tokens a window")
     parser.add_argument("--features", type=int, default=6, help="features of either sign")
@@ -40,7 +41,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     dictionary = load_dictionary(options.dictionary)
-    point = resolve_hook_point(model, dictionary.hook_point)
+    point = resolve_hook_point(model, dictionary.hook_names)
     columns = torch.tensor(shown["feature"].to_numpy())
     strongest: dict[int, list[tuple[float, str]]] = {int(feature): [] for feature in columns}
     active, tokens = torch.zeros(len(columns)), 0
@@ -63,14 +64,14 @@ def main() -> None:
             heapq.heappush(strongest[feature], (float(activations[place - 1, column]), text))
             if len(strongest[feature]) > 50:
                 heapq.heappop(strongest[feature])
-    print("| feature | attribution ± | q | lift | active | strongest tokens in context |")
+    print("| feature | attribution ± 95 % interval | q | lift | active | strongest tokens in context |")
     print("|---|---|---|---|---|---|")
     for (_, row), share in zip(shown.iterrows(), active / tokens, strict=True):
         contexts = list(
             dict.fromkeys(text for value, text in sorted(strongest[int(row.feature)], reverse=True) if value)
         )
         print(
-            f"| {int(row.feature)} | {row.attribution:+.4f} ± {row.standard_error:.4f} | {row.q_value:.2g} | {row.lift:.1f} "
+            f"| {int(row.feature)} | {row.attribution:+.4f} ± {NORMAL_QUANTILE * row.standard_error:.4f} | {row.q_value:.2g} | {row.lift:.1f} "
             f"| {share:.1%} | {' · '.join(contexts[: options.examples]).replace('|', '¦')} |"
         )
 

@@ -1,17 +1,21 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-sae-audit"]
+#
+# [tool.uv.sources]
+# trl-sae-audit = { path = ".." }
+# ///
 """GRPO with SAE feature attribution of every optimizer step.
 
     accelerate launch scripts/grpo.py --config configs/grpo/tiny.yaml
     accelerate launch scripts/grpo.py --help
 
-The data set has a column prompt, and whatever else the reward reads: a JSONL or Parquet file, or one on the hub.
+The dataset has a column prompt, and whatever else the reward reads: a file, a folder, what `save_to_disk` wrote, or one on the Hub.
 The reward is one of the rules below, or any function of yours, named as my.module:function.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,9 +30,10 @@ from trl import (
 )
 
 from trl_sae_audit import AuditError
-from trl_sae_audit.arguments import AttributionArguments, attribution_callback
-from trl_sae_audit.datafiles import load_rows
-from trl_sae_audit.summary import print_summary
+from trl_sae_audit.callbacks.arguments import AttributionArguments, attribution_callback
+from trl_sae_audit.callbacks.summary import diff_command, print_summary, report_command
+from trl_sae_audit.data.opener import open_dataset
+from trl_sae_audit.models.rewards import load_reward, names_function
 
 Reward = Callable[..., list[float]]
 
@@ -82,11 +87,12 @@ def main(
         quantization_config=get_quantization_config(model_args),
     )
     rewards = [script_args.reward] if isinstance(script_args.reward, str) else script_args.reward
+    attribution = attribution_callback(attribution_args, model, script_args.dataset_name)
     trainer = GRPOTrainer(
         model,
         reward_funcs=[find_reward(name) for name in rewards],
         args=training_args,
-        train_dataset=load_rows(
+        train_dataset=open_dataset(
             script_args.dataset_name,
             config=script_args.dataset_config,
             split=script_args.dataset_train_split,
@@ -94,13 +100,12 @@ def main(
         ),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[attribution_callback(attribution_args)],
+        callbacks=[attribution],
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if training_args.save_strategy != "no":
-        trainer.save_model()
-    if trainer.accelerator.is_main_process:
-        print_summary(attribution_args.record_dir or f"{training_args.output_dir}/sae_audit")
+    trainer.save_model()
+    if (record := attribution.record_directory) is not None:  # one process writes it
+        print_summary(record, next_commands=[report_command(record), diff_command(record)])
 
 
 def find_reward(name: str) -> Reward:
@@ -111,13 +116,11 @@ def find_reward(name: str) -> Reward:
     """
     if name in RULES:
         return RULES[name]
-    module, _, function = name.partition(":")
-    if not function:
+    if not names_function(name):
         raise AuditError(
             f"There is no reward {name!r}; take one of {', '.join(RULES)} or name a function as my.module:function."
         )
-    sys.path.append(str(Path.cwd()))
-    return getattr(importlib.import_module(module), function)
+    return load_reward(name)
 
 
 def text_of(completion: Any) -> str:

@@ -1,10 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-sae-audit[ppo]"]
+#
+# [tool.uv.sources]
+# trl-sae-audit = { path = ".." }
+# ///
 """PPO with SAE feature attribution of every optimizer step, of the policy only.
 
     pip install "trl-sae-audit[ppo]"        # TRL 1.12, the last release with PPO
     accelerate launch scripts/ppo.py --config configs/ppo/tiny.yaml
     accelerate launch scripts/ppo.py --help
 
-The data set has a column prompt: a JSONL or Parquet file, or one on the hub. The policy and its reference are
+The dataset has a column prompt: a file, a folder, what `save_to_disk` wrote, or one on the Hub. The policy and its reference are
 --model_name_or_path; the reward model, and the value model that starts from it, are --reward_model_path.
 """
 
@@ -14,9 +21,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from trl_sae_audit.arguments import AttributionArguments, attribution_callback
-from trl_sae_audit.datafiles import load_rows
-from trl_sae_audit.summary import print_summary
+from trl_sae_audit.callbacks.arguments import AttributionArguments, attribution_callback
+from trl_sae_audit.callbacks.summary import diff_command, print_summary, report_command
+from trl_sae_audit.data.opener import open_dataset
 
 try:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -58,13 +65,14 @@ def main(
             "input_ids": tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         }
 
-    rows = load_rows(
+    rows = open_dataset(
         script_args.dataset_name,
         config=script_args.dataset_config,
         split=script_args.dataset_train_split,
         columns=("prompt",),
     )
     prompts = rows.map(tokenize, remove_columns=rows.column_names)
+    attribution = attribution_callback(attribution_args, dataset=script_args.dataset_name)
     trainer = PPOTrainer(
         args=training_args,
         processing_class=tokenizer,
@@ -78,13 +86,12 @@ def main(
         # PPOTrainer cannot do without; it samples from them num_sample_generations times in a run.
         eval_dataset=prompts.select(range(min(len(prompts), training_args.per_device_eval_batch_size))),
         peft_config=peft_config,
-        callbacks=[attribution_callback(attribution_args)],
+        callbacks=[attribution],
     )
     trainer.train()
-    if training_args.save_strategy != "no":
-        trainer.save_model(training_args.output_dir)
-    if trainer.accelerator.is_main_process:
-        print_summary(attribution_args.record_dir or f"{training_args.output_dir}/sae_audit")
+    trainer.save_model(training_args.output_dir)
+    if (record := attribution.record_directory) is not None:  # one process writes it
+        print_summary(record, next_commands=[report_command(record), diff_command(record)])
 
 
 if __name__ == "__main__":

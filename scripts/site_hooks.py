@@ -12,7 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
-from trl_sae_audit import cli
+from trl_sae_audit.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 STUDIES = "What was measured"
@@ -31,8 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages that are made."""
     pages: dict[str, str | bytes] = {
         "reference/command-line.md": command_line(),
-        "reference/changelog.md": (ROOT / "CHANGELOG.md").read_text(),
-        "reference/contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
+        "reference/changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "reference/contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         **notebook("tutorial"),
     }
     for path, content in pages.items():
@@ -44,7 +44,6 @@ def command_line() -> str:
     parts = ["# Command line", f"```text\n{cli.top_level_help()}\n```"]
     for name in cli.COMMANDS:
         parts.append(f"## {name}\n\n```text\n{help_of(name)}\n```")
-    parts.append(f"## doctor --plan\n\n```text\n{help_of('doctor', '--plan')}\n```")
     return "\n\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Try every option, model, adapter and subclass of tests/option_cases.py on a real trainer, against float64 autograd.
+"""Try every option, model, adapter and subclass of tests/helpers/option_cases.py on a real trainer, against float64 autograd.
 
     python scripts/sweep_options.py                # all of this environment; prints a table, one line a case as it comes
     python scripts/sweep_options.py packing LoRA   # those whose name has one of these words
@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import datasets
 import torch
-from option_cases import CASES
-from options import outcome
+from helpers.option_cases import CASES
+from helpers.options import outcome
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import torch
 from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
 
 from trl_sae_audit import AdaptivePenalty, FixedPenalty, Flag
-from trl_sae_audit.penalties import Penalty
+from trl_sae_audit.shaping.penalties import Penalty
 
 TARGET, PROMPTS, ANSWERS = 0.4, 8, 8
 LEARNERS = ((0.4, 24), (0.1, 100), (0.03, 300))
@@ -112,6 +112,7 @@ def main() -> None:
             markdown_table(table),
             save_figure(figure, "controller", text),
         ],
+        page="stability",
     )
 
 

@@ -11,8 +11,9 @@ from capitals import Question
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trl_sae_audit.audit_pass import Reference
-from trl_sae_audit.residual_stream import evaluation_mode
+from trl_sae_audit.models.language_head import Reference
+from trl_sae_audit.models.residual_stream import evaluation_mode
+from trl_sae_audit.models.sampling import without_own_generation_config
 
 NEW_TOKENS = 16
 
@@ -49,7 +50,8 @@ def greedy(
 ) -> list[str]:
     """The likeliest continuation of each prompt, token by token, up to the end of its line."""
     texts: list[str] = []
-    with evaluation_mode(model):
+    own: Any = model.generation_config
+    with evaluation_mode(model), without_own_generation_config(model):
         for start in range(0, len(prompts), batch):
             part = tokenizer(
                 list(prompts[start : start + batch]), return_tensors="pt", padding=True, padding_side="left"
@@ -59,6 +61,7 @@ def greedy(
                 do_sample=False,
                 max_new_tokens=NEW_TOKENS,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=own.eos_token_id,
             )
             texts += tokenizer.batch_decode(output[:, part["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.lstrip("\n").split("\n")[0] for text in texts]

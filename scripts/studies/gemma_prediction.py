@@ -5,10 +5,10 @@
 
 For every seed: some instructions are held out; the pairs of the others are audited, and the model is trained on them
 with DPO, one epoch. Then every feature's change of mean activation is compared with each score: on the held-out pairs'
-answers, which both models read, and on sampled answers to the held-out instructions, which the model before training reads.
+answers (on given text), and on sampled answers to the held-out instructions, which the model before training reads.
 
 The lookahead takes the run's usual step (AdamW divides by the size of the gradients of mini-batches) as often as the run
-has steps; the rehearsal walks to the end of the run in a few long steps. Where policy and reference are the same, swapping the
+has steps; the unrolled run walks to the end of the run in a few long steps. Where policy and reference are the same, swapping the
 labels of a pair turns its gradient round, so the control needs no further gradient: it is the same lookahead with the
 labels of every second mini-batch swapped. A second run differs in the order of the pairs alone: what a score cannot know.
 """
@@ -23,29 +23,30 @@ from pathlib import Path
 from typing import Any
 
 import common
-import gemma_runs
 import numpy as np
 import pandas as pd
+import real_runs
 import torch
 
 from trl_sae_audit import audit_preferences, load_dictionary
-from trl_sae_audit.audit_result import Audit
-from trl_sae_audit.lookahead import Lookahead
-from trl_sae_audit.preferences import iterate_rows
-from trl_sae_audit.realised import RealisedChange, answer_activations, sampled_change
-from trl_sae_audit.rehearsal import Rehearsal
-from trl_sae_audit.rewards import answer_ids
-from trl_sae_audit.sampling import Sampling, sampled_batches
-from trl_sae_audit.verification import predictors_of, verify
+from trl_sae_audit.audit.lookahead.generations import Generations, predict_in_generations
+from trl_sae_audit.audit.lookahead.lookahead import Lookahead
+from trl_sae_audit.audit.lookahead.unrolled import UnrolledRun
+from trl_sae_audit.audit.result import Audit
+from trl_sae_audit.audit.rewards import answer_ids
+from trl_sae_audit.data.opener import iterate_rows
+from trl_sae_audit.models.sampling import Sampling, sample_ids
+from trl_sae_audit.verification.comparison import predictors_of, verify
+from trl_sae_audit.verification.measured import MeasuredChange, answer_activations, sampled_change
 
-BEST, SWAPPED = "rehearsed change", "predicted change, labels swapped"
+BEST, SWAPPED = "unrolled change", "predicted change, labels swapped"
 SECOND_RUN = "a second run"
 SAMPLES = 4
 """Answers sampled to each held-out instruction."""
 
 
 def main() -> None:
-    parser = gemma_runs.parser(__doc__)
+    parser = real_runs.parser(__doc__)
     parser.add_argument("pairs", type=Path, help="preference pairs, as JSON lines")
     parser.add_argument("--train_pairs", type=int, default=24, help="pairs audited and trained on")
     parser.add_argument("--per_step", type=int, default=2, help="pairs in an optimizer step")
@@ -68,11 +69,11 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable[dict[str, Any]]:
     """One seed: scores, training, and what became of the features."""
-    model, tokenizer = gemma_runs.load_model(arguments.model)
+    model, tokenizer = real_runs.load_model(arguments.model)
     dictionary = load_dictionary(arguments.dictionary)
     pairs, held_out = split(arguments.pairs, tokenizer, cell)
     with tempfile.TemporaryDirectory() as scratch:
-        args = gemma_runs.dpo_config(
+        args = real_runs.dpo_config(
             scratch,
             per_device_train_batch_size=cell["per_step"],
             learning_rate=cell["learning_rate"],
@@ -80,18 +81,20 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
             num_train_epochs=1,
             seed=cell["seed"],
         )
-        audit = audit_preferences(model, tokenizer, pairs, dictionary, args=args, batch_size=8)
+        audit = audit_preferences(
+            model, tokenizer, pairs, dictionary, args=args, batch_size=8, lookahead=None
+        )
         scores = predictors_of(audit) | swapped_attribution(audit)
-        ahead = gemma_runs.look_ahead(model, tokenizer, dictionary, pairs, held_out, args)
-        rehearsal = Rehearsal(ahead, full_steps(cell))
-        scores |= lookaheads(ahead, rehearsal, len(pairs))
+        ahead = real_runs.usual_step(model, tokenizer, dictionary, pairs, held_out, args)
+        unrolled = UnrolledRun(ahead, full_steps(cell))
+        scores |= lookaheads(ahead, unrolled, len(pairs))
 
         prompts = [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in held_out)]
 
         def sampling(luck: int) -> Sampling:
             return Sampling(SAMPLES, cell["max_length"] - cell["prompt_tokens"], seed=luck)
 
-        def written(after: Any, luck: int) -> RealisedChange:
+        def written(after: Any, luck: int) -> MeasuredChange:
             return sampled_change(
                 base, after, tokenizer, dictionary, prompts, sampling=sampling(luck), batch_size=48
             )
@@ -102,35 +105,35 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         # with other random numbers than below, or both would share the noise of the answers before
         luck = 1000 + cell["seed"]
         asked = [answer_ids(tokenizer, row["prompt"], "")[0] for row in prompts]
-        scores["predicted sampled change"] = predicted_of_samples(
-            ahead, rehearsal.steps, tokenizer, asked, sampling(luck)
+        scores["predicted change in generations"] = predicted_of_samples(
+            ahead, unrolled.steps, tokenizer, asked, sampling(luck)
         )
-        base, _ = gemma_runs.load_model(arguments.model)
-        with rehearsal.moved():
-            scores["rehearsed sampled change"] = written(model, luck).change
-        del ahead, rehearsal
+        base, _ = real_runs.load_model(arguments.model)
+        with unrolled.moved():
+            scores["unrolled change in generations"] = written(model, luck).change
+        del ahead, unrolled
         before = read(base)
-        log = gemma_runs.train_dpo(model, tokenizer, pairs, args)
-        given, sampled = RealisedChange("teacher-forced", before, read(model)), written(model, cell["seed"])
-        again, _ = gemma_runs.load_model(arguments.model)
+        log = real_runs.train_dpo(model, tokenizer, pairs, args)
+        given, sampled = MeasuredChange("on given text", before, read(model)), written(model, cell["seed"])
+        again, _ = real_runs.load_model(arguments.model)
         args.seed += 1000
-        gemma_runs.train_dpo(again, tokenizer, pairs, args)
+        real_runs.train_dpo(again, tokenizer, pairs, args)
         second = (
-            RealisedChange("teacher-forced", before, read(again)).change,
+            MeasuredChange("on given text", before, read(again)).change,
             written(again, 2000 + cell["seed"]).change,
         )
     rows: list[dict[str, Any]] = []
-    for realised, other in zip((given, sampled), second, strict=True):
-        found = verify(scores | {SECOND_RUN: other}, realised, seed=cell["seed"])
-        found.features.to_parquet(features_file(name, cell["seed"], realised.kind), index=False)
+    for measured, other in zip((given, sampled), second, strict=True):
+        found = verify(scores | {SECOND_RUN: other}, measured, seed=cell["seed"])
+        found.features.to_parquet(features_file(name, cell["seed"], measured.kind), index=False)
         for row in found.table.to_dict("records"):
             rows.append(
                 {
                     **{str(key): value for key, value in row.items()},
-                    "target": realised.kind,
+                    "target": measured.kind,
                     "ceiling": found.ceiling,
                     "features": len(found.features),
-                    "prompts": len(realised),
+                    "prompts": len(measured),
                     "loss_first": log[0]["loss"],
                     "loss_last": float(np.mean([step["loss"] for step in log[-3:]])),
                     "margin_last": float(np.mean([step["rewards/margins"] for step in log[-3:]])),
@@ -169,10 +172,10 @@ def swapped_attribution(audit: Audit) -> dict[str, np.ndarray]:
 
 def full_steps(cell: common.Cell) -> float:
     """Steps of the run, those of the warm-up counted by their learning rate."""
-    return -(-cell["train_pairs"] // cell["per_step"]) - (gemma_runs.WARMUP + 1) / 2
+    return -(-cell["train_pairs"] // cell["per_step"]) - (real_runs.WARMUP + 1) / 2
 
 
-def lookaheads(ahead: Lookahead, rehearsal: Rehearsal, n: int) -> dict[str, np.ndarray]:
+def lookaheads(ahead: Lookahead, unrolled: UnrolledRun, n: int) -> dict[str, np.ndarray]:
     """Predicted changes of the mean activation over the whole run, on `n` pairs, in units of activation."""
     total, swapped = (
         {key: torch.zeros_like(value) for key, value in ahead.parameters.items()} for _ in range(2)
@@ -184,27 +187,31 @@ def lookaheads(ahead: Lookahead, rehearsal: Rehearsal, n: int) -> dict[str, np.n
         for key, value in gradient.items():
             total[key] += value * count / n
             swapped[key] += value * count / n * (-1) ** place
-    batches = moments.result(total)
+    batches = moments.result()
     directions = {
         "predicted change": ahead.rule.affine(total, ahead.parameters, batches).step(total),
         SWAPPED: ahead.rule.affine(swapped, ahead.parameters, batches).step(swapped),
     }
-    found = {name: rehearsal.steps * ahead.change_along(direction) for name, direction in directions.items()}
-    found["rehearsed change"] = ahead.change_after(rehearsal.shift())
+    found = {name: unrolled.steps * ahead.change_along(direction) for name, direction in directions.items()}
+    found["unrolled change"] = ahead.change_after(unrolled.shift())
     return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
 def predicted_of_samples(
     ahead: Lookahead, steps: float, tokenizer: Any, prompts: list[Any], sampling: Sampling
 ) -> np.ndarray:
-    """Predicted change of the mean activation over what the model writes, over the whole run, in units of activation."""
-    batches = list(sampled_batches(ahead.model, tokenizer, prompts, sampling, together=48, batch_size=16))
-    return steps * ahead.predicted_sampled_change(lambda: batches).double().cpu().numpy()
+    """Predicted change of the mean activation in generations, over the whole run, in units of activation."""
+    answers = sample_ids(ahead.model, tokenizer, prompts, sampling, batch_size=48)
+    batches = Generations(prompts, answers).batches(tokenizer, 16, ahead.dictionary.device)
+    return (
+        steps
+        * predict_in_generations(ahead, batches)["predicted_change_in_generations"].double().cpu().numpy()
+    )
 
 
 def features_file(name: str, seed: int, kind: str) -> Path:
     """Where one seed's table of features goes, for the figure."""
-    path = common.RAW / name / f"{kind}-{seed}.parquet"
+    path = common.RAW / name / f"{kind.replace(' ', '-')}-{seed}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -215,18 +222,18 @@ def frequent_r2(name: str, seeds: Iterable[int], kind: str, score: str) -> float
     for seed in seeds:
         table = pd.read_parquet(features_file(name, seed, kind))
         table = table[table["before"] >= table["before"].quantile(0.75)]
-        found.append(max(0.0, float(np.corrcoef(table[score], table["realised"])[0, 1])) ** 2)
+        found.append(max(0.0, float(np.corrcoef(table[score], table["measured"])[0, 1])) ** 2)
     return float(np.mean(found))
 
 
 def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
     """`docs/studies/NAME.md` and its figure."""
     seeds = [cell["seed"] for cell in cells]
-    first = results[results["target"] == "teacher-forced"].iloc[0]
+    first = results[results["target"] == "on given text"].iloc[0]
     sections = [
         f"{len(seeds)} seeds; each: {cells[0]['train_pairs']} real preference pairs of instructions of at most "
         f"{cells[0]['prompt_tokens']} tokens, prompt and answer cut at {cells[0]['max_length']} tokens; DPO, one epoch of "
-        f"AdamW steps of {cells[0]['per_step']} pairs at {cells[0]['learning_rate']:g} after a warm-up of {gemma_runs.WARMUP} steps, all weights but the embeddings (tied "
+        f"AdamW steps of {cells[0]['per_step']} pairs at {cells[0]['learning_rate']:g} after a warm-up of {real_runs.WARMUP} steps, all weights but the embeddings (tied "
         f"with the head) trained, in float32. Measured on {cells[0]['held_out']} pairs of {first['prompts']} other instructions.",
         "R² is the share of the variance over features that the score explains (a score that has the sign wrong explains 0), ρ "
         "Spearman's rank correlation, precision the share of the 20 largest changes found with the right sign. Means over the "
@@ -234,24 +241,24 @@ def report(name: str, results: pd.DataFrame, cells: list[common.Cell]) -> None:
         "of all such texts could be expected to reach, given how few instructions it was measured on; a lookahead on these very texts "
         "may lie above it. *A second run* has its pairs in another order, and samples with other random numbers: no score can know more.",
     ]
-    for kind in ("teacher-forced", "sampled"):
+    for kind in ("on given text", "in generations"):
         part = results[results["target"] == kind]
         sections += [
             f"## {kind.capitalize()}",
             f"{part['features'].mean():.0f} features on average; ceiling {part.groupby('seed')['ceiling'].first().mean():.2f}.",
             common.markdown_table(table_of(part, name, seeds, kind)),
         ]
-    given = results[(results["target"] == "teacher-forced") & (results["score"] != SECOND_RUN)]
+    given = results[(results["target"] == "on given text") & (results["score"] != SECOND_RUN)]
     first_score = str(given.groupby("score")["r2"].mean().idxmax())
     best = given[given["score"] == first_score]["r2"]
     sections.insert(
         2,
-        f"The goal was R² ≥ 0.8 teacher-forced: `{first_score}` reaches it in {int((best >= 0.8).sum())} of {len(best)} runs "
+        f"The goal was R² ≥ 0.8 on given text: `{first_score}` reaches it in {int((best >= 0.8).sum())} of {len(best)} runs "
         f"({', '.join(f'{value:.2f}' for value in best)}).",
     )
     sections += ["## Figure", figure(name, seeds)]
     sections += ["## Training", common.markdown_table(training_table(results))]
-    common.write_report(name, "Prediction on Gemma 3 270M", sections)
+    common.write_report(name, "Prediction on Gemma 3 270M", sections, page="prediction")
 
 
 def table_of(part: pd.DataFrame, name: str, seeds: list[int], kind: str) -> pd.DataFrame:
@@ -283,24 +290,24 @@ def training_table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(name: str, seeds: list[int]) -> str:
-    """Predicted against realised change, a point a feature."""
+    """Predicted against measured change, a point a feature."""
     panels = (
-        (BEST, "teacher-forced"),
-        ("attribution", "teacher-forced"),
-        ("rehearsed sampled change", "sampled"),
+        (BEST, "on given text"),
+        ("attribution", "on given text"),
+        ("unrolled change in generations", "in generations"),
     )
     drawing, axes = common.new_figure(len(panels), width=3.6)
     for axis, (score, kind) in zip(axes, panels, strict=True):
         for seed in seeds:
             table = pd.read_parquet(features_file(name, seed, kind))
             axis.scatter(
-                table[score], table["realised"], s=4, alpha=0.35, label=f"seed {seed}", rasterized=True
+                table[score], table["measured"], s=4, alpha=0.35, label=f"seed {seed}", rasterized=True
             )
         axis.set_title(kind)
         axis.set_xlabel(f"{score}, before training")
         axis.set_ylabel("change of mean activation")
     axes[0].legend(markerscale=2)
-    return common.save_figure(drawing, name, "Predicted against realised change of every feature")
+    return common.save_figure(drawing, name, "Predicted against measured change of every feature")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from typing import Any
 import capitals
 import common
 import gemma_answers
-import gemma_runs
 import numpy as np
 import pandas as pd
+import real_runs
 from capitals import Country, Question
 from datasets import Dataset
 from peft import LoraConfig
@@ -45,8 +45,7 @@ from trl_sae_audit import (
     load_dictionary,
     shape_preference_margin,
 )
-from trl_sae_audit.filtering import FilterResult
-from trl_sae_audit.statistics import bootstrap_interval
+from trl_sae_audit.filtering.api import FilterResult
 
 ARMS = (
     "before training",
@@ -94,7 +93,7 @@ class Data:
 
 
 def main() -> None:
-    parser = gemma_runs.parser(__doc__)
+    parser = real_runs.parser(__doc__)
     parser.add_argument(
         "--sft_answers", type=int, default=96, help="answers the form is taught with, 8 a step"
     )
@@ -145,9 +144,9 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
     directory = common.RAW / name / str(cell["seed"])
     if arm == "before training" or not (directory / "tuned").exists():
         teach_form(arguments, data, cell, directory / "tuned")
-    model, tokenizer = gemma_runs.load_model(directory / "tuned")
+    model, tokenizer = real_runs.load_model(directory / "tuned")
     with tempfile.TemporaryDirectory() as scratch:
-        args = gemma_runs.dpo_config(
+        args = real_runs.dpo_config(
             scratch,
             per_device_train_batch_size=cell["per_step"],
             max_steps=cell["steps"],
@@ -162,27 +161,18 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         calibration = [(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
         if arm in ACTING:
             audit = audit_preferences(
-                model, tokenizer, pairs, dictionary, args=args, output_dir=directory / "audit"
+                model, tokenizer, pairs, dictionary, args=args, output_dir=directory / "audit", lookahead=None
             )
             flags = find_flags(audit, model, tokenizer, dictionary, data, cell)
             flags.save(directory / "flags.yaml")
             if arm != "shaped":
-                result = filter_preferences(
-                    pairs,
-                    audit,
-                    flags,
-                    score="max_activation",
-                    weights="fit",
-                    budget="balance",
-                    control=True,
-                    seed=cell["seed"],
-                )
+                result = filter_preferences(pairs, audit, flags, control=True, seed=cell["seed"])
                 describe_filter(result, pairs).to_csv(directory / "filter.csv", index=False)
                 kept = result.control if arm == "randomly filtered" else result.kept
                 assert isinstance(kept, Dataset)
                 pairs = kept
             if "shaped" in arm:
-                frozen = gemma_runs.load_model(directory / "tuned")[0]
+                frozen = real_runs.load_model(directory / "tuned")[0]
                 scorer = FeatureScorer(frozen, tokenizer, dictionary, pooling="max")
                 scorer.calibrate(calibration)
 
@@ -190,22 +180,22 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
                     return shape_preference_margin(rows, scorer, flags, beta=args.beta)
 
         if arm != "before training":
-            gemma_runs.train_dpo(model, tokenizer, list(pairs), args, shape, ADAPTER)
+            real_runs.train_dpo(model, tokenizer, list(pairs), args, shape, ADAPTER)
     return gemma_answers.ask(model, tokenizer, data.test)
 
 
 def teach_form(arguments: argparse.Namespace, data: Data, cell: common.Cell, directory: Path) -> None:
     """The model that every arm of a seed starts from."""
-    model, tokenizer = gemma_runs.load_model(arguments.model)
+    model, tokenizer = real_runs.load_model(arguments.model)
     with tempfile.TemporaryDirectory() as scratch:
-        args = gemma_runs.sft_config(
+        args = real_runs.sft_config(
             scratch,
             per_device_train_batch_size=8,
             num_train_epochs=1,
             learning_rate=cell["sft_learning_rate"],
             seed=cell["seed"],
         )
-        gemma_runs.train_sft(model, tokenizer, data.answers(cell), args, ADAPTER)
+        real_runs.train_sft(model, tokenizer, data.answers(cell), args, ADAPTER)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -281,7 +271,7 @@ def report(name: str, results: pd.DataFrame, cells: Sequence[common.Cell]) -> No
         f"beliefs agree, half correct. Then {cell['train_pairs']} preference pairs about the same {len(capitals.countries()) * 2 // 3} countries "
         f"(about half of the users have a wrong belief, 30 % a true one, 20 % none), of whose wrong beliefs {cell['planted']:.0%} are agreed "
         f"with in the preferred answer; {cell['steps']} AdamW steps of DPO with {cell['per_step']} pairs each at {cell['learning_rate']:g} "
-        f"(warm-up {gemma_runs.WARMUP}; gradients {clipping(cell)}) in every arm, LoRA likewise. Asked about other countries, greedily; what an answer "
+        f"(warm-up {real_runs.WARMUP}; gradients {clipping(cell)}) in every arm, LoRA likewise. Asked about other countries, greedily; what an answer "
         "says is read by rule.",
         "SFT, learning rate and number of steps were chosen on seed 9, by what the plain run does; flags, filter and shaping have no "
         "number set by hand.",
@@ -299,7 +289,7 @@ def report(name: str, results: pd.DataFrame, cells: Sequence[common.Cell]) -> No
         lines = "\n".join(f"- feature {flag.feature}: {flag.reason}" for flag in flags)
         sections += [f"Seed {seed}:", lines, common.markdown_table(pd.read_csv(directory / "filter.csv"))]
     sections += ["## Figure", figure(name, results)]
-    common.write_report(name, "Sycophancy on Gemma 3 270M", sections)
+    common.write_report(name, "Gemma 3 270M, gradients " + clipping(cells[0]), sections, page="sycophancy")
 
 
 def clipping(cell: common.Cell) -> str:
@@ -344,7 +334,7 @@ def removed(results: pd.DataFrame, arm: str, baseline: str = "no plant", draws: 
 def rate(results: pd.DataFrame, arm: str, measure: str) -> Any:
     """The share of an arm's answers, with its interval."""
     values = results.loc[results["arm"] == arm, measure].dropna()
-    return bootstrap_interval(values.to_numpy(float))
+    return common.bootstrap_interval(values.to_numpy(float))
 
 
 def figure(name: str, results: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import capitals
 
-from trl_sae_audit.preferences import iterate_rows
+from trl_sae_audit.data.opener import iterate_rows
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     choose = random.Random(0)
     texts = list(dict.fromkeys([*of_pairs(arguments.pairs, arguments.longest), *of_questions(choose)]))
     choose.shuffle(texts)
-    arguments.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     print(f"{len(texts)} texts in {arguments.texts}")
 
 

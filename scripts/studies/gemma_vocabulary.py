@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_sae_audit.preferences import iterate_rows
+from trl_sae_audit.data.opener import iterate_rows
 
 COMMONEST = 16_000
 """A token's id is about its rank: merges are numbered in the order in which they were found."""
@@ -45,14 +45,14 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     wanted = {number for row in tokenizer(texts)["input_ids"] for number in row}
-    description = json.loads((arguments.model / "tokenizer.json").read_text())
+    description = json.loads((arguments.model / "tokenizer.json").read_text(encoding="utf-8"))
     short, kept = cut_tokenizer(description, {*range(arguments.commonest), *wanted})
     sample = texts[:: len(texts) // 20]
     mass = probability_of(model, tokenizer, kept, sample)
     cut_model(model, kept)
     model.save_pretrained(arguments.short)
     tokenizer.save_pretrained(arguments.short)
-    (arguments.short / "tokenizer.json").write_text(json.dumps(short))
+    (arguments.short / "tokenizer.json").write_text(json.dumps(short), encoding="utf-8")
     check(tokenizer, AutoTokenizer.from_pretrained(arguments.short), texts)
     print(
         f"{len(kept)} of {len(description['model']['vocab'])} tokens kept; in {len(sample)} of these texts they have {mass:.4f} of "

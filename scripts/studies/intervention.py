@@ -1,9 +1,9 @@
-"""Does acting on the flags work? Filtered, shaped and shielded DPO against the plain run and a run without the plant.
+"""Does acting on the flags work? Filtered, weighted, shaped and shielded DPO against the plain run and a run without the plant.
 
     python scripts/studies/intervention.py
 
-In the lab, where agreeing with the user is planted in the preferences beside being right. Flags are found in the audit, as
-a user finds them; the features that really carry the behaviour, which only the lab knows, are a second set beside them.
+In the lab, where agreeing with the user is planted in the preferences beside being right. Everything is a default: the audit, the
+filter, the shaping. What is flagged is what a reader of the audit's first ten features would flag.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Cell, markdown_table, new_figure, run_cells, save_figure, write_report
+from common import Cell, bootstrap_interval, markdown_table, new_figure, run_cells, save_figure, write_report
 from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -27,27 +27,26 @@ from trl_sae_audit import (
     FeatureScorer,
     FeatureShieldCallback,
     FixedPenalty,
-    Flag,
     FlagSet,
     audit_preferences,
     filter_preferences,
     load_dictionary,
     shape_preference_margin,
 )
+from trl_sae_audit.filtering.api import FilterResult
 from trl_sae_audit.lab import World, build_world
 from trl_sae_audit.lab.preferences import realised_strengths
 from trl_sae_audit.lab.reading import FeatureReader, find_flags
 from trl_sae_audit.lab.training import Shape, dpo_arguments, train_dpo
-from trl_sae_audit.margin import fit_flag_weights
-from trl_sae_audit.statistics import Interval, bootstrap_interval
+from trl_sae_audit.shaping.margin import fit_flag_weights
+from trl_sae_audit.statistics import Interval
 
 NAME = "intervention"
 BEHAVIOUR = "agrees"
 QUALITY, PLANT = {"right": 0.5}, {BEHAVIOUR: 0.7}
-LARGE, SMALL = 1920, 640
+PAIRS = 1920
+READ = 10
 PROMPTS = 1000
-PROBE = 64
-MOST_INFLUENCES = 2  # each is a backward pass over the probe and a pass over the data
 
 Rates = dict[str, Any]
 
@@ -57,101 +56,93 @@ class Seed:
 
     Args:
         seed: of the world, the data and the training.
-        pairs: how many.
     """
 
-    def __init__(self, seed: int, pairs: int) -> None:
-        self.seed, self.n = seed, pairs
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.world: World = build_world(seed, progress=False)
         self.dictionary = load_dictionary(self.world.dictionary_path)
         self._scratch = tempfile.TemporaryDirectory()
-        self.args = dpo_arguments(self._scratch.name, seed=seed)
 
     @cached_property
     def planted(self) -> Dataset:
-        return self.world.preferences(QUALITY | PLANT, self.n, self.seed)
+        return self.world.preferences(QUALITY | PLANT, PAIRS, self.seed)
 
     @cached_property
     def unplanted(self) -> Dataset:
-        return self.world.preferences(QUALITY, self.n, self.seed)
+        return self.world.preferences(QUALITY, PAIRS, self.seed)
+
+    @cached_property
+    def perfect(self) -> Dataset:
+        """What a filter that knows the plant keeps."""
+        return self.planted.filter(lambda row: not row[f"planted_{BEHAVIOUR}"])
 
     @cached_property
     def audit(self) -> Audit:
-        return self._audited()
-
-    @cached_property
-    def audit_with_lookahead(self) -> Audit:
-        return self._audited(lookahead=self.world.preferences({}, PROBE, self.seed + 1, split="heldout"))
-
-    def _audited(self, **options: Any) -> Audit:
         return audit_preferences(
             self.world.model(),
             self.world.tokenizer,
             self.planted,
             self.dictionary,
-            args=self.args,
+            args=dpo_arguments(self._scratch.name, seed=self.seed),
             batch_size=64,
             progress=False,
-            **options,
         )
 
-    def flags(self, kind: str) -> FlagSet:
-        """ "asked": where the loss pushes; "shown": what tells the answers apart; "true": what carries the behaviour."""
-        return {"asked": self._asked, "shown": self._shown, "true": self._true}[kind]
+    @cached_property
+    def flags(self) -> FlagSet:
+        """Those of the audit's first features that a reader takes for words of agreeing or disagreeing."""
+        reader = FeatureReader(self.world, self.dictionary)
+        return find_flags(self.audit, reader, BEHAVIOUR, "effect_size", READ)
 
     @cached_property
-    def _reader(self) -> FeatureReader:
-        return FeatureReader(self.world, self.dictionary)
+    def filtered(self) -> FilterResult:
+        return filter_preferences(self.planted, self.audit, self.flags, control=True, seed=self.seed)
+
+    def kept_by(self, **options: Any) -> Dataset:
+        """What a filter with other options keeps."""
+        return filter_preferences(self.planted, self.audit, self.flags, check=False, **options).kept
 
     @cached_property
-    def _asked(self) -> FlagSet:
-        return find_flags(self.audit, self._reader, BEHAVIOUR, "activation_attribution")
+    def scorer(self) -> FeatureScorer:
+        return FeatureScorer(self.world.model(), self.world.tokenizer, self.dictionary, batch_size=64)
 
-    @cached_property
-    def _shown(self) -> FlagSet:
-        return find_flags(self.audit, self._reader, BEHAVIOUR, "disparity")
+    def shape(self, pairs: Dataset, beta: float) -> Dataset:
+        return shape_preference_margin(pairs, self.scorer, self.flags, beta=beta)
 
-    @cached_property
-    def _true(self) -> FlagSet:
-        return FlagSet([Flag(self.dictionary.name, feature) for feature in self.world.carriers(BEHAVIOUR)])
+    def shape_wrongly(self, pairs: Dataset, beta: float) -> Dataset:
+        fitted = fit_flag_weights(pairs, self.scorer, self.flags)
+        penalty = FixedPenalty(-1.0, allow_negative=True)
+        return shape_preference_margin(pairs, self.scorer, fitted, penalty, beta=beta)
 
-    def filtered(self, kind: str, score: str, *, control: bool = False) -> Dataset:
-        """What is kept of the planted pairs when the rest shall not teach the flags, or as many at random."""
-        flags, audit = self.flags(kind), self.audit
-        if score == "influence":
-            flags, audit = flags[:MOST_INFLUENCES], self.audit_with_lookahead
-        result = filter_preferences(
-            self.planted,
-            audit,
-            flags,
-            score=score,
-            weights="fit",
-            budget="balance",
-            control=True,
-            seed=self.seed,
-        )
-        return result.control if control else result.kept
+    def shield(self) -> FeatureShieldCallback:
+        return FeatureShieldCallback(self.dictionary, self.flags)
 
-    def shape(self, kind: str, sign: float = 1.0) -> Shape:
-        scorer = FeatureScorer(
-            self.world.model(), self.world.tokenizer, self.dictionary, pooling="max", batch_size=64
-        )
-
-        def shaped(pairs: Dataset, beta: float) -> Dataset:
-            fitted = fit_flag_weights(pairs, scorer, self.flags(kind))
-            penalty = FixedPenalty(sign, allow_negative=True)
-            return shape_preference_margin(pairs, scorer, fitted, penalty, beta=beta)
-
-        return shaped
-
-    def shield(self, kind: str) -> FeatureShieldCallback:
-        return FeatureShieldCallback(self.dictionary, self.flags(kind))
-
-    def trained(self, pairs: Dataset, **options: Any) -> Rates:
-        """Rates of a model trained on pairs, at held-out prompts of users with a belief."""
-        model = train_dpo(self.world, pairs, dpo_arguments(self._scratch.name, seed=self.seed), **options)
+    def trained(self, pairs: Dataset, *, shape: Shape | None = None, **options: Any) -> Rates:
+        """Rates of a model trained on pairs, at held-out prompts of users with a belief; and what the pairs favour."""
+        arguments = dpo_arguments(self._scratch.name, seed=self.seed)
+        model = train_dpo(self.world, pairs, arguments, shape=shape, **options)
         rates = self.world.behaviour(model, n=PROMPTS, beliefs=(True, False)).rates()["rate"]
-        return {"pairs": len(pairs), **{str(name): float(rate) for name, rate in rates.items()}}
+        strength = realised_strengths(pairs)["strength"]
+        return {
+            "kept": len(pairs),
+            "favours_agreeing": float(strength[BEHAVIOUR]),
+            "favours_right": float(strength["right"]),
+            **{f"{name}_rate": float(rate) for name, rate in rates.items()},
+        }
+
+    def filtered_run(self) -> Rates:
+        """The default filter, with what it said about itself."""
+        check = self.filtered.check
+        assert check is not None
+        effects = check.flagged[["before", "after"]].abs().sum()
+        return self.trained(self.filtered.kept) | {
+            "planted": int(sum(self.planted[f"planted_{BEHAVIOUR}"])),
+            "flags": len(self.flags),
+            "predicted": float(effects["after"] / effects["before"]),
+            "remaining": len(check.remaining),
+            "risen": len(check.risen),
+        }
 
 
 class FreezeAbove(TrainerCallback):
@@ -170,42 +161,33 @@ Arm = Callable[[Seed], Rates]
 ARMS: dict[str, Arm] = {
     "plain": lambda s: s.trained(s.planted),
     "nothing planted": lambda s: s.trained(s.unplanted),
-    "filtered by attribution": lambda s: s.trained(s.filtered("asked", "attribution")),
-    "filtered by activation attribution": lambda s: s.trained(s.filtered("asked", "activation_attribution")),
-    "filtered by influence": lambda s: s.trained(s.filtered("shown", "influence")),
-    "filtered by activation gap": lambda s: s.trained(s.filtered("shown", "max_activation")),
-    "as many at random": lambda s: s.trained(s.filtered("shown", "max_activation", control=True)),
-    "shaped": lambda s: s.trained(s.planted, shape=s.shape("shown")),
-    "shielded": lambda s: s.trained(s.planted, callbacks=[s.shield("asked")]),
-    "filtered and shaped": lambda s: s.trained(s.filtered("shown", "max_activation"), shape=s.shape("shown")),
-    "true features: filtered by activation gap": lambda s: s.trained(s.filtered("true", "max_activation")),
-    "true features: shaped": lambda s: s.trained(s.planted, shape=s.shape("true")),
+    "filtered": Seed.filtered_run,
+    "shaped": lambda s: s.trained(s.planted, shape=s.shape),
+    "resampled by weights": lambda s: s.trained(s.kept_by(strategy="resample")),
+    "perfect filter": lambda s: s.trained(s.perfect),
+    "as many at random": lambda s: s.trained(s.filtered.control),
+    "filtered and shaped": lambda s: s.trained(s.filtered.kept, shape=s.shape),
+    "as many, highest scores first": lambda s: s.trained(s.kept_by(budget=s.filtered.summary["dropped"])),
+    "as many by attribution": lambda s: s.trained(
+        s.kept_by(score="attribution", weights="flags", budget=s.filtered.summary["dropped"])
+    ),
 }
 ASIDE: dict[str, Arm] = {
-    "shaped with the opposite sign": lambda s: s.trained(s.planted, shape=s.shape("shown", -1.0)),
+    "shielded": lambda s: s.trained(s.planted, callbacks=[s.shield()]),
+    "shaped with the opposite sign": lambda s: s.trained(s.planted, shape=s.shape_wrongly),
     "upper layers frozen: plain": lambda s: s.trained(s.planted, callbacks=[FreezeAbove(s.dictionary)]),
     "upper layers frozen: shielded": lambda s: s.trained(
-        s.planted, callbacks=[FreezeAbove(s.dictionary), s.shield("asked")]
+        s.planted, callbacks=[FreezeAbove(s.dictionary), s.shield()]
     ),
 }
 """Arms that answer a question of their own."""
-TRUE = [arm for arm in ARMS if arm.startswith("true")]
-MAIN = [arm for arm in ARMS if arm not in TRUE and arm != "filtered by influence"]
-INFLUENCE = ["plain", "nothing planted", "filtered by influence", "filtered by activation gap"]
-SCORES = {
-    "attribution": "asked",
-    "activation_attribution": "asked",
-    "influence": "shown",
-    "activation": "shown",
-    "max_activation": "shown",
-}
-"""Filter score → the list of flags it is used with."""
+EXTREMES = ["plain", "nothing planted"]
 
 
-def cells(seeds: int, arms: Iterable[str], pairs: int) -> list[Cell]:
+def cells(seeds: int, arms: Iterable[str]) -> list[Cell]:
     """Seed by seed."""
     arms = list(arms)
-    return [{"pairs": pairs, "seed": seed, "arm": arm} for seed in range(seeds) for arm in arms]
+    return [{"pairs": PAIRS, "seed": seed, "arm": arm} for seed in range(seeds) for arm in arms]
 
 
 class Runner:
@@ -215,63 +197,62 @@ class Runner:
         self._seed: Seed | None = None
 
     def __call__(self, cell: Cell) -> Iterable[dict[str, Any]]:
-        if self._seed is None or (self._seed.seed, self._seed.n) != (cell["seed"], cell["pairs"]):
-            self._seed = Seed(cell["seed"], cell["pairs"])
-        rates = (ARMS | ASIDE)[cell["arm"]](self._seed)
-        return [{f"{name}_rate" if name != "pairs" else "kept": value for name, value in rates.items()}]
-
-
-def run_kept(cell: Cell) -> Iterable[dict[str, Any]]:
-    """What each filter score keeps, with nothing trained: how far the pairs that stay still favour agreeing, and being right."""
-    setting = Seed(cell["seed"], cell["pairs"])
-    yield {"score": "", **_favours(setting.planted)}
-    for score, kind in SCORES.items():
-        yield {"score": score, **_favours(setting.filtered(kind, score))}
-
-
-def _favours(pairs: Dataset) -> dict[str, float]:
-    strength = realised_strengths(pairs)["strength"]
-    return {"kept": len(pairs), BEHAVIOUR: float(strength[BEHAVIOUR]), "right": float(strength["right"])}
+        if self._seed is None or self._seed.seed != cell["seed"]:
+            self._seed = Seed(cell["seed"])
+        return [(ARMS | ASIDE)[cell["arm"]](self._seed)]
 
 
 # What it shows
 
-INTRODUCTION = f"""In the lab, {LARGE} pairs: in half of them the chosen answer is right and the
+INTRODUCTION = f"""In the lab, {PAIRS} pairs: in half of them the chosen answer is right and the
 other wrong; in seven of ten it agrees with the user in words and the other does not, independently. Every arm is 40 steps of DPO with 16
 pairs each from the same model; the filtered ones go through fewer pairs more often. Judged by rule on {PROMPTS} answers to held-out
-questions of users with a belief. Intervals: 95 %, bootstrap over seeds, paired by seed; with five seeds they are too narrow and cover about
-85 %.
+questions of users with a belief. Intervals: 95 %, bootstrap over worlds, paired by world.
 
 - *excess removed*: (plain − arm) / (plain − nothing planted) in the rate of agreeing.
-- Flags are found as a user finds them, with no label of any answer: of the first 20 features by `activation_attribution` (where the loss
-  pushes) or by `disparity` (what chosen answers have more of) those whose strongest places lie in words of agreeing or disagreeing, which a
-  rule reads in place of a person (`trl_sae_audit.lab.reading`). Gradient scores and the shield use the first list, activation gaps and
-  shaping the second.
-- *true features*: the lab's carriers of agreeing, known from activations and labels.
-- Filters: `weights="fit"`, `budget="balance"`; *activation gap* is `score="max_activation"`. *shaped*: `shape_preference_margin` with its
-  fitted coefficient, scorer with `pooling="max"`. No number in any of them is set by hand."""
+- *favours agreeing by*: share of the pairs kept whose chosen answer alone agrees, less the share whose rejected one alone does.
+- Nothing is chosen by hand. Flags: of the first {READ} features of the default audit those that are strongest at words of agreeing or
+  disagreeing, which a rule reads in place of a person (`trl_sae_audit.lab.reading`). *filtered*: `filter_preferences(dataset, audit,
+  flags)`. *shaped*: `shape_preference_margin` with its fitted coefficients. *resampled by weights*: `strategy="resample"`, as many pairs as there were.
+- Controls: *perfect filter* drops exactly the pairs in which agreeing is planted. *As many*: as many pairs as the default filter drops,
+  at random, or those with the highest scores, or those with the highest attribution."""
+ON_ASIDE = """*Shielded*: the flagged directions are taken out of the gradient at the hook point, layer 1 of 3; the layers above are trained as
+before. *Opposite sign*: the margin shifted by p the other way, as if r − p were learned by subtracting p in the loss; it is r + p that is
+learned then. *Upper layers frozen*: only what is at and below the hook point is trained, so that the shield is in the way of all that is
+learned."""
 
 
-READING = """**What works.** Filtering by the activation gap, and shaping, take away nearly all of what the plant taught, and answers are right as
-often as after the plain run. Dropping as many pairs at random leaves the behaviour where it was. With the features that
-really carry the behaviour it goes no better: nothing is lost by finding the flags in the audit.
-
-**What does not, and why.**
-
-- *Attribution* takes a pair's whole gradient along the feature. Most of it is pushed at tokens that have nothing to do with agreeing, so pairs that
-  teach it hardly differ from pairs that do not. Counted only where the feature is active (*activation attribution*) it sees the token at which
-  “right” or “mistaken” is chosen, and most of the behaviour goes; what it does not see there, the choice whether to say anything to the user's
-  belief at all, may be the rest.
-- *The shield* takes flagged directions out of the gradient at the hook point, layer 1 of 3. The layers above are trained as before."""
-ON_SCORES = """*favours agreeing by*: share of pairs whose chosen answer alone agrees, less the share whose rejected one alone does; 0 teaches nothing.
-Influence on the features' activation over held-out text asks how a step changes what is active on given words, and not which words the model will
-choose: it keeps the behaviour."""
-ON_ASIDE = """*Opposite sign*: the margin shifted by p the other way, as if r − p were learned by subtracting p in the loss; it is r + p that is learned then. *Upper
-layers frozen*: only what lies at and below the hook point is trained, so that the shield stands in the way of all that is learned."""
+def reading(rows: pd.DataFrame) -> str:
+    """What the default filter did, world by world, against what it is meant to do."""
+    wide = rows.pivot(index="seed", columns="arm")
+    own = rows[rows["arm"] == "filtered"].set_index("seed")
+    rates = wide.xs(f"{BEHAVIOUR}_rate", axis=1)
+    excess = rates["plain"] - rates["nothing planted"]
+    ratio = (PAIRS - own["kept"]) / own["planted"]
+    lines = []
+    for arm in ("filtered", "shaped", "resampled by weights", "perfect filter"):
+        share = (rates["plain"] - rates[arm]) / excess
+        lines.append(
+            f"- *{arm}*: at least 90 % of the excess is gone in {int((share >= 0.9).sum())} of {len(share)} worlds "
+            f"(lowest {share.min():.0%}, median {share.median():.0%})."
+        )
+    return "\n".join(
+        [
+            f"The filter drops {ratio.mean():.3f} times as many pairs as were planted (worlds: {ratio.min():.3f} to {ratio.max():.3f}), by "
+            f"{own['flags'].min():.0f} to {own['flags'].max():.0f} flags. World by world:",
+            "",
+            *lines,
+            "",
+            "Predicted again on what is kept, a step does to the flagged features "
+            f"{own['predicted'].mean():.0%} of what it did on all pairs (sizes added up; worlds: {own['predicted'].min():.0%} to "
+            f"{own['predicted'].max():.0%}); {own['remaining'].mean():.1f} of {own['flags'].mean():.1f} flagged features are still "
+            f"predicted to move as the flag objects to, and {own['risen'].mean():.1f} others clearly more than before.",
+        ]
+    )
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line an arm: rates, the share of the excess that is gone, the change of quality; intervals over seeds."""
+    """One line an arm: rates, the share of the excess that is gone, the change of quality; intervals over worlds."""
     wide = rows.pivot(index="seed", columns="arm")
     lines = []
     for arm in [arm for arm in ARMS | ASIDE if arm in set(rows["arm"])]:
@@ -280,8 +261,9 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         lines.append(
             {
                 "arm": arm,
-                "seeds": len(of_arm),
+                "worlds": len(of_arm),
                 "pairs": f"{of_arm['kept', arm].mean():.0f}",
+                "favours agreeing by": f"{of_arm['favours_agreeing', arm].mean():+.3f}",
                 "agrees": f"{behaviour[arm].mean():.3f}",
                 "excess removed": "" if arm == "plain" else percent(removed(behaviour, arm)),
                 "right": f"{quality[arm].mean():.3f}",
@@ -295,25 +277,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def removed(behaviour: Any, arm: str) -> Interval:
-    """(plain − arm) / (plain − nothing planted), each a mean over seeds, seeds drawn again together."""
+    """(plain − arm) / (plain − nothing planted), each a mean over worlds, worlds drawn again together."""
     columns = np.stack(
         [behaviour["plain"] - behaviour[arm], behaviour["plain"] - behaviour["nothing planted"]], axis=1
     )
     return bootstrap_interval(columns, lambda sample: sample[:, 0].mean() / sample[:, 1].mean())
-
-
-def kept_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of what each score keeps."""
-    means = rows.groupby("score", sort=False)[["kept", BEHAVIOUR, "right"]].mean()
-    return pd.DataFrame(
-        {
-            "score": [score or "(all pairs)" for score in means.index],
-            "flags": [SCORES.get(score, "") for score in means.index],
-            "pairs kept": [f"{value:.0f}" for value in means["kept"]],
-            "favour agreeing by": [f"{value:+.2f}" for value in means[BEHAVIOUR]],
-            "favour being right by": [f"{value:+.2f}" for value in means["right"]],
-        }
-    )
 
 
 def signed(interval: Interval) -> str:
@@ -325,7 +293,7 @@ def percent(interval: Interval) -> str:
 
 
 def figure(rows: pd.DataFrame) -> str:
-    """Behaviour and quality of every arm, a dot a seed."""
+    """Behaviour and quality of every arm, a dot a world."""
     drawing, (left, right) = new_figure(2, width=4.8, height=3.6)
     arms = [arm for arm in ARMS if arm in set(rows["arm"])][::-1]
     for axes, name, title in ((left, BEHAVIOUR, "agrees with the user"), (right, "right", "answers right")):
@@ -339,42 +307,27 @@ def figure(rows: pd.DataFrame) -> str:
         axes.set_yticks(range(len(arms)), arms if axes is left else [""] * len(arms))
         axes.set_xlabel(f"share of {PROMPTS} held-out answers")
         axes.set_title(title)
-    text = "Rate of agreeing and of right answers for every arm; one small dot a seed, a large one their mean"
+    text = (
+        "Rate of agreeing and of right answers for every arm; one small dot a world, a large one their mean"
+    )
     return save_figure(drawing, NAME, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="worlds, each with its own data and training")
-    parser.add_argument("--true", type=int, default=3, help="of them with the true features too")
+    parser.add_argument("--seeds", type=int, default=10, help="worlds, each with its own data and training")
     parser.add_argument("--aside", type=int, default=2, help="of them for the questions aside")
-    parser.add_argument("--kept", type=int, default=3, help="of them for what each score keeps, untrained")
-    parser.add_argument("--influence", type=int, default=2, help="of them trained on what influence keeps")
     arguments = parser.parse_args()
     disable_progress_bars()
     logging.disable_progress_bar()
     run = Runner()
-    main_cells = cells(arguments.seeds, MAIN, LARGE)
-    rows = run_cells(NAME, main_cells + cells(arguments.true, TRUE, LARGE), run)
-    sections = [INTRODUCTION, markdown_table(table(rows)), figure(rows), READING]
+    rows = run_cells(NAME, cells(arguments.seeds, ARMS), run)
+    sections = [INTRODUCTION, markdown_table(table(rows)), figure(rows), reading(rows)]
     if arguments.aside:
-        beside = ["plain", "nothing planted", "shaped", "shielded"]
-        first = rows["seed"].lt(arguments.aside) & rows["arm"].isin(beside)
-        aside = run_cells(NAME, cells(arguments.aside, ASIDE, LARGE), run)
+        first = rows["seed"].lt(arguments.aside) & rows["arm"].isin([*EXTREMES, "shaped"])
+        aside = run_cells(NAME, cells(arguments.aside, ASIDE), run)
         sections += ["## Questions aside", markdown_table(table(pd.concat([rows[first], aside]))), ON_ASIDE]
-    if arguments.kept:
-        kept = run_cells(
-            f"{NAME}-kept", [{"pairs": SMALL, "seed": seed} for seed in range(arguments.kept)], run_kept
-        )
-        title = f"## What each filter score keeps of {SMALL} pairs"
-        sections += [title, markdown_table(kept_table(kept)), ON_SCORES]
-    if arguments.influence:
-        trained = run_cells(NAME, cells(arguments.influence, INFLUENCE, SMALL), run)
-        sections += [
-            f"## Trained on what is kept of {SMALL} pairs",
-            markdown_table(table(trained)),
-        ]
-    write_report(NAME, "Intervention: does acting on the flags work?", sections)
+    write_report(NAME, "Filtered, weighted, shaped, shielded", sections)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from common import RAW, Cell, run_cells
 from datasets import Dataset, disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from trl_sae_audit import Audit, FeatureDictionary, audit_preferences
+from trl_sae_audit import Audit, FeatureDictionary, LookaheadConfig, audit_preferences
 from trl_sae_audit.lab import World
 from trl_sae_audit.lab.training import dpo_arguments
-from trl_sae_audit.sampling import Sampling
+from trl_sae_audit.models.sampling import Sampling
 
 QUALITY = {"right": 0.5}
 PAIRS, PROBE = 640, 300
@@ -31,11 +31,11 @@ NAMES = {
     "activation_attribution": "activation attribution",
     "disparity": "disparity",
     "mean_activation_difference": "mean activation difference",
-    "predicted_change": "lookahead, reading",
-    "predicted_sampled_change": "lookahead, writing",
-    "predicted_presence_change": "lookahead, presence",
-    "rehearsed_change": "rehearsal, reading",
-    "rehearsed_sampled_change": "rehearsal, writing",
+    "predicted_change": "lookahead, on given text",
+    "predicted_change_in_generations": "lookahead, in generations",
+    "predicted_frequency_change": "lookahead, frequency",
+    "unrolled_change": "unrolled, on given text",
+    "unrolled_change_in_generations": "unrolled, in generations",
 }
 """The scores, by their column in an audit."""
 
@@ -100,11 +100,11 @@ def audited(
     pairs: Dataset,
     name: str,
     dictionary: FeatureDictionary,
-    rehearse_steps: int | None,
+    unroll_steps: int | None,
     probe: int = PROBE,
     *,
     model: Any = None,
-    rehearse_parts: int | None = None,
+    unroll_segments: int | None = None,
     **arguments: Any,
 ) -> Audit:
     """An audit with every lookahead, on held-out prompts and plain answers that no label touches.
@@ -112,7 +112,7 @@ def audited(
     By default of the world's own model; `arguments` are of `dpo_arguments`. It is kept in `runs/studies/audits/NAME-SEED-STEPS`; asked for again, it costs next to nothing.
     """
     seed = world.config.seed
-    directory = audit_directory(name, seed, rehearse_steps)
+    directory = audit_directory(name, seed, unroll_steps)
     with tempfile.TemporaryDirectory() as scratch:
         return audit_preferences(
             world.model() if model is None else model,
@@ -120,19 +120,22 @@ def audited(
             pairs,
             dictionary,
             args=dpo_arguments(scratch, seed=seed, **arguments),
-            lookahead=world.preferences({}, probe, 100 + seed, split="heldout"),
-            sampling=ANSWERS,
-            rehearse_steps=rehearse_steps,
-            rehearse_parts=rehearse_parts,
+            lookahead=LookaheadConfig(
+                pairs=None,
+                probe=world.preferences({}, probe, 100 + seed, split="heldout"),
+                sampling=ANSWERS,
+                unroll_steps=unroll_steps,
+                unroll_segments=unroll_segments,
+            ),
             batch_size=32,
             output_dir=directory,
             progress=False,
         )
 
 
-def audit_directory(name: str, seed: int, rehearse_steps: int | None) -> Path:
+def audit_directory(name: str, seed: int, unroll_steps: int | None) -> Path:
     """Where `audited` keeps it."""
-    return RAW / "audits" / f"{name}-{seed}-{rehearse_steps}"
+    return RAW / "audits" / f"{name}-{seed}-{unroll_steps}"
 
 
 def scores_of(audit: Audit) -> dict[str, np.ndarray]:

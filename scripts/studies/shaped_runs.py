@@ -31,9 +31,10 @@ from trl_sae_audit import (
     load_dictionary,
 )
 from trl_sae_audit.lab import build_world, sample_answers
-from trl_sae_audit.lab.language import LONGEST_ANSWER
+from trl_sae_audit.lab.wording import LONGEST_ANSWER
 from trl_sae_audit.lab.world import World, WorldConfig
-from trl_sae_audit.penalties import Penalty
+from trl_sae_audit.saes.pooling import Pooling
+from trl_sae_audit.shaping.penalties import Penalty
 
 WITH_BELIEF = (True, False)
 BEHAVIOUR = "agrees"
@@ -82,7 +83,7 @@ class Setting:
         answers = sample_answers(self.reference, self.tokenizer, asked, seed=seed)
         return [(prompt, f" {answer}") for prompt, answer in zip(asked, answers, strict=True)]
 
-    def scorer(self, pooling: str) -> FeatureScorer:
+    def scorer(self, pooling: Pooling) -> FeatureScorer:
         scorer = FeatureScorer(
             self.reference, self.tokenizer, self.dictionary, pooling=pooling, batch_size=32
         )
@@ -121,12 +122,12 @@ def shared_world(seed: int) -> World:
     """The lab's world. The task that runs first notes where it is, and the other one, in an environment whose TRL would give
     the same world another place in the cache, takes it from there instead of building it again."""
     noted = RAW / "stability-worlds.json"
-    places = json.loads(noted.read_text()) if noted.exists() else {}
+    places = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
     if str(seed) in places and Path(places[str(seed)]).is_dir():
         return World(WorldConfig(seed=seed), Path(places[str(seed)]))
     world = build_world(seed)
     noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps({**places, str(seed): str(world.directory)}))
+    noted.write_text(json.dumps({**places, str(seed): str(world.directory)}), encoding="utf-8")
     return world
 
 
@@ -141,6 +142,7 @@ def found_features(setting: Setting) -> list[int]:
         pairs.select_columns(["prompt", "chosen", "rejected"]),
         setting.dictionary,
         batch_size=32,
+        lookahead=None,
         progress=False,
     )
     first = audit.features().nlargest(10, "disparity")["feature"].tolist()

@@ -89,7 +89,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
                 "runs within 10 %": f"{int((group['off'].abs() <= TOLERANCE).sum())} of {len(group)}"
                 if held.any()
                 else "",
-                "true reward": f"{group['true'].mean():.3f} ± {group['true'].std():.3f}",
+                "true reward (sd)": f"{group['true'].mean():.3f} ({group['true'].std():.3f})",
                 "lost": ""
                 if name == "reference"
                 else f"{group['lost'].mean():+.3f}"
@@ -166,6 +166,7 @@ def report(name: str, task: str, pace: str, frame: pd.DataFrame) -> None:
             "with it.",
             figures(name, frame),
         ],
+        page="stability",
     )
 
 

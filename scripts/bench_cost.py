@@ -1,6 +1,6 @@
-"""What `trl-sae-audit doctor --plan` says, against what is measured on this machine.
+"""What `trl-sae-audit cost` says, against what is measured on this machine.
 
-    OMP_NUM_THREADS=1 python scripts/bench_plan.py
+    OMP_NUM_THREADS=1 python scripts/bench_cost.py
 
 FLOPs: a small Llama trained by TRL's DPO with and without the callback, under torch's FlopCounterMode, which counts matrix products.
 Network: the same in two processes, the bytes given to torch.distributed. Disk: a record of 2,000 steps. Memory: a process that trains
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from trl_sae_audit import FeatureAttributionCallback, FeatureDictionary
-from trl_sae_audit.channel import Channel
-from trl_sae_audit.hook_points import HookPoint
-from trl_sae_audit.model_shape import shape_of
-from trl_sae_audit.plan import DictionaryShape, Machine, Options, Plan, RunShape, plan, train_flops
-from trl_sae_audit.record_writer import RecordWriter
+from trl_sae_audit.attribution.feature_tracker import FeatureTracker
+from trl_sae_audit.attribution.microbatch import RowGradients
+from trl_sae_audit.attribution.step_tables import ScoredSteps, Window
+from trl_sae_audit.attribution.totals import FeatureTotals
+from trl_sae_audit.cli.cost import CostEstimate, RunShape, estimate_cost, shape_of, train_flops
+from trl_sae_audit.models.hook_points import HookPoint
+from trl_sae_audit.record.writer import RecordWriter
 
 WORDS, PROMPT, ANSWER = 500, 24, 23
 TOKENS = PROMPT + ANSWER + 1  # and the end of the answer
@@ -60,31 +62,29 @@ class Case:
     token_scores: bool = False
     probe_rows: int = 0
 
-    def run(self, answer_tokens: int = ANSWER + 1) -> RunShape:
+    def run(self, answer_tokens: int = ANSWER + 1, processes: int = 1) -> RunShape:
         return RunShape(
+            self.features,
+            2,
             "dpo",
             TOKENS,
             answer_tokens,
-            self.batch,
-            self.accumulation,
-            steps=self.steps,
-            logging_steps=self.logging_steps,
-            checkpointing=self.checkpointing,
+            self.batch * self.accumulation,
+            processes,
+            self.steps,
+            self.logging_steps,
+            self.checkpointing,
+            on_gpu=False,
+            token_scores=self.token_scores,
+            probe_rows=self.probe_rows,
+            probe_steps=2,
         )
 
-    @property
-    def options(self) -> Options:
-        return Options(token_scores=self.token_scores, probe_rows=self.probe_rows, probe_steps=2)
-
-    def plan(self, processes: int = 1) -> Plan:
-        run = replace(self.run(), processes=processes)
-        dictionary = DictionaryShape(self.features, 2)
-        return plan(
-            shape_of(self.config(), "small"), run, dictionary, self.options, Machine(accelerator=False)
-        )
+    def cost(self, processes: int = 1) -> CostEstimate:
+        return estimate_cost(shape_of(self.config(), "small"), self.run(processes=processes))
 
     def train_flops(self) -> float:
-        """Planned for a step here: without a GPU, TRL's head scores every position and not the answer's alone."""
+        """Estimated for a step here: without a GPU, TRL's head scores every position and not the answer's alone."""
         return train_flops(shape_of(self.config(), "small"), self.run(TOKENS - 1))
 
     def config(self) -> LlamaConfig:
@@ -133,6 +133,8 @@ class Case:
             directory / "record",
             watch={"one": 1},
             token_scores=self.token_scores,
+            selection_tokens=10**6,  # all of them
+            selection=False,
             probe=[text(TOKENS) for _ in range(self.probe_rows)] or None,
             probe_steps=2,
         )
@@ -196,22 +198,21 @@ def record_bytes(features: int, steps: int) -> tuple[float, float]:
     generator, module = torch.Generator().manual_seed(0), nn.Identity()
     dictionary = FeatureDictionary(torch.randn(features, 32, generator=generator), "model.layers.0", "random")
     point = HookPoint("model.layers.0", module, module)
-    settings = {"top_k": 20, "health_tokens": 0, "token_scores": False, "totals": None}
-    channel = Channel(dictionary, point, {"one": 1}, **settings)  # type: ignore[arg-type]
+    tracker = FeatureTracker(dictionary, point, {"one": 1})
     with tempfile.TemporaryDirectory() as root:
         header = {"trainer": "simulated", "dictionaries": [asdict(dictionary.info)]}
         writer = RecordWriter.create(Path(root) / "record", header)
         for end in range(50, steps + 1, 50):
             for _ in range(50):
                 rows = torch.randn(8, 32, generator=generator)
-                channel.buffer.add(rows, torch.ones(8), paired=False)
-                channel.buffer.finish_step(1.0)
+                tracker._microbatches.append(RowGradients.of(rows, torch.ones(8)))
+                tracker.end_step(1.0)
             numbers = np.arange(end - 49, end + 1)
             columns = {"step": numbers, "global_step": numbers}
-            for name, parts in channel.project(columns, channel.pack(), keep_examples=False).items():
+            for name, parts in tracker.apply(tracker.pack(), columns).items():
                 for part in parts:
                     writer.append(name, part)
-        writer.close("finished", steps, {"random": channel.totals})
+        writer.close("finished", steps, {"random": tracker.totals})
         sizes = {
             suffix: sum(path.stat().st_size for path in Path(root).rglob(f"*.{suffix}"))
             for suffix in ("parquet", "safetensors")
@@ -221,23 +222,23 @@ def record_bytes(features: int, steps: int) -> tuple[float, float]:
 
 def seconds_of_totals(features: int) -> float:
     """Processor seconds of the running totals and the means since the last log, a feature and a step."""
-    rng, module = np.random.default_rng(0), nn.Identity()
-    dictionary = FeatureDictionary(torch.ones(features, 1), "model.layers.0", "ones")
-    settings = {"top_k": 20, "health_tokens": 0, "token_scores": False, "totals": None}
-    channel = Channel(dictionary, HookPoint("model.layers.0", module, module), {}, **settings)  # type: ignore[arg-type]
+    rng, totals, window = np.random.default_rng(0), FeatureTotals(features), Window(features)
     names = ("attribution", "positive", "negative", "variance", "share")
     scores = {name: rng.standard_normal((4, features), dtype=np.float32) for name in names}
     ones = np.ones(4)
+    scored = ScoredSteps({}, scores, {}, None, ones, ones, ones, ones, ones, ones, ones > 0)
     for _ in range(3):  # the last counts
         started = time.process_time()
-        channel.totals.update(*scores.values())  # type: ignore[arg-type]
-        channel._update_window(scores, ones, ones, ones > 0)
+        totals.update(
+            scores["attribution"], scores["positive"], scores["negative"], scores["variance"], scores["share"]
+        )
+        window.add(scored)
     return (time.process_time() - started) / 4 / features
 
 
 def peak_of(case: Case, *, with_callback: bool) -> float:
     """Most memory of a process's own while it trains, beyond what it had before; in a process of its own."""
-    from bench_dictionary import Stages
+    from meter import Stages
 
     stages = Stages()
     with tempfile.TemporaryDirectory() as root:
@@ -277,34 +278,34 @@ def main() -> None:
             figure = peak_of(MANY, with_callback=options.alone == "with")
         print(f"\n{json.dumps(figure)}", flush=True)
         return
-    table = Table(title="measured against planned", title_justify="left")
-    for name in ("", "measured", "planned", "measured / planned"):
+    table = Table(title="measured against estimated", title_justify="left")
+    for name in ("", "measured", "estimated", "measured / estimated"):
         table.add_column(name, justify="right" if name else "left")
 
-    def row(name: str, measured: float, planned: float) -> None:
-        table.add_row(name, f"{measured:,.4g}", f"{planned:,.4g}", f"{measured / planned:.3f}")
-        print(f"{name}: {measured:.5g} {planned:.5g}", file=sys.stderr, flush=True)
+    def row(name: str, measured: float, estimated: float) -> None:
+        table.add_row(name, f"{measured:,.4g}", f"{estimated:,.4g}", f"{measured / estimated:.3f}")
+        print(f"{name}: {measured:.5g} {estimated:.5g}", file=sys.stderr, flush=True)
 
     for label, case in {
         "defaults": Case(),
         "no checkpointing, a log a step": Case(checkpointing=False, logging_steps=1),
         "token scores and a probe": Case(token_scores=True, probe_rows=3),
     }.items():
-        planned, without = case.plan(), flops_of(case, with_callback=False)
+        estimated, without = case.cost(), flops_of(case, with_callback=False)
         row(f"FLOPs of a training step, {label}", without, case.train_flops())
         extra = flops_of(case, with_callback=True) - without
-        row(f"FLOPs that the callback adds, {label}", extra, sum(planned.flops.values()))
+        row(f"FLOPs that the callback adds, {label}", extra, sum(estimated.flops.values()))
     rows, totals = record_bytes(4096, 2000)
-    planned = Case(steps=2000).plan()
-    row("record on disk: bytes of rows a step", rows, planned.disk_row)
-    row("record on disk: bytes of totals", totals, planned.disk_totals)
-    row("network: bytes added up in a step", alone("network", 2), Case(token_scores=True).plan(2).network)
-    held = MANY.plan().host_memory
+    estimated = Case(steps=2000).cost()
+    row("record on disk: bytes of rows a step", rows, estimated.disk_row)
+    row("record on disk: bytes of totals", totals, estimated.disk_totals)
+    row("network: bytes added up in a step", alone("network", 2), Case(token_scores=True).cost(2).network)
+    held = MANY.cost().host
     row("memory: bytes, with less without", alone("with") - alone("without"), sum(held.values()))
     row(
         "seconds of totals, 1,048,576 features, a step",
         seconds_of_totals(2**20) * 2**20,
-        Case(features=2**20).plan().seconds["totals (one core)"],
+        Case(features=2**20).cost().seconds["totals (one core)"],
     )
     Console(width=110).print(table)
 

@@ -1,9 +1,9 @@
-"""How well does a penalty read a behaviour: presence, from flagged features, against the rule of the language?
+"""How well does a penalty read a behaviour: its degree, from flagged features, against the rule of the language?
 
-    python scripts/studies/presence.py
+    python scripts/studies/soft_threshold.py
 
-Two sets of answers of each lab world's reference model: on one the ramp of presence is set, as AdaptivePenalty sets it, on the
-other presence is compared with what a rule reads in the text. What presence leaves unexplained of the behaviour is noise that
+Two sets of answers of each lab world's reference model: on one the soft threshold is set, as AdaptivePenalty sets it, on the
+other the degree is compared with what a rule reads in the text. What the degree leaves unexplained of the behaviour is noise that
 the right coefficient leaves in the reward.
 """
 
@@ -19,7 +19,7 @@ import torch
 from common import Cell, markdown_table, run_cells, write_report
 from shaped_runs import REFERENCE_ANSWERS, Setting
 
-from trl_sae_audit.presence import Presence, histogram
+from trl_sae_audit.shaping.soft_threshold import SoftThreshold, histogram
 
 ANSWERS = 768
 READERS = {
@@ -44,8 +44,8 @@ def run(cell: Cell) -> Iterable[dict[str, Any]]:
     agrees = np.array([float(one.agrees) for one in read])
     right = np.array([float(one.right and not one.malformed) for one in read])
     for reader, pool in (("mean", np.mean), ("strongest", np.max)):
-        presence = Presence.of_reference(histogram(pool(before, axis=1, keepdims=True)))
-        found = presence(pool(after, axis=1, keepdims=True))[:, 0]
+        threshold = SoftThreshold.from_reference(histogram(pool(before, axis=1, keepdims=True)))
+        found = threshold(pool(after, axis=1, keepdims=True))[:, 0]
         rule = np.corrcoef(found, agrees)[0, 1]
         yield {
             "reader": reader,
@@ -58,7 +58,7 @@ def run(cell: Cell) -> Iterable[dict[str, Any]]:
 
 
 def report(rows: pd.DataFrame) -> None:
-    """Write docs/studies/presence.md."""
+    """Write its part of docs/studies/stability.md."""
     lines = []
     for key, part in rows.groupby(["flags", "reader"], sort=False):
         flags, reader = map(str, key)
@@ -78,7 +78,7 @@ def report(rows: pd.DataFrame) -> None:
             }
         )
     write_report(
-        "presence",
+        "soft-threshold",
         "How well is a behaviour read from its features?",
         [
             f"{rows['seed'].nunique()} lab worlds; {ANSWERS} answers of each reference model to users with a belief, the ramp set on {REFERENCE_ANSWERS} "
@@ -87,6 +87,7 @@ def report(rows: pd.DataFrame) -> None:
             "*Variance left of the behaviour*: var(agrees) · (1 − correlation²), what stays in the reward of 1 for agreeing at the right "
             "coefficient, to be compared with the variance of the other part of the reward, right answers.",
         ],
+        page="stability",
     )
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cells = [{"seed": seed, "flags": flags} for flags in ("truth", "found") for seed in options.seeds]
-    report(run_cells("presence", cells, run))
+    report(run_cells("soft-threshold", cells, run))
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from trl_sae_audit.audit_run import batched
-from trl_sae_audit.dictionary import FeatureDictionary
-from trl_sae_audit.lookahead import Lookahead
-from trl_sae_audit.objectives import PreferenceLoss
-from trl_sae_audit.preflight import check_dictionary
-from trl_sae_audit.update_rule import UpdateRule
+from trl_sae_audit.audit.lookahead.lookahead import Lookahead
+from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
+from trl_sae_audit.audit.objectives import PreferenceLoss
+from trl_sae_audit.models.batches import batched
+from trl_sae_audit.saes.compatibility import check_dictionary
+from trl_sae_audit.saes.dictionary import FeatureDictionary
 
 Pair = dict[str, Any]
 WARMUP = 4
@@ -38,7 +39,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("model", type=Path, help="directory of the model, see scripts/gemma.py")
+    made.add_argument(
+        "model", type=Path, help="directory of the model, see scripts/smollm.py and scripts/gemma.py"
+    )
     made.add_argument("dictionary", type=Path, help="directory of its SAE, see trl-sae-audit train-sae")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument(
@@ -86,6 +89,7 @@ def train_dpo(
     args: DPOConfig,
     shape: Callable[[Dataset], Dataset] | None = None,
     adapter: LoraConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train `model` in place; returns the trainer's log, a row a step. `shape` may change the prepared dataset.
 
@@ -95,7 +99,12 @@ def train_dpo(
         [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs]
     )
     trainer = DPOTrainer(
-        model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+        model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=list(callbacks),
     )
     if shape is not None:
         trainer.train_dataset = shape(trainer.train_dataset)
@@ -124,7 +133,7 @@ def train_sft(
     )
 
 
-def look_ahead(
+def usual_step(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     dictionary: FeatureDictionary,

@@ -1,0 +1,125 @@
+"""What an audit with its lookahead takes, in time and memory, beside forward and backward passes over the same pairs.
+
+    OMP_NUM_THREADS=1 python scripts/bench_lookahead.py
+    OMP_NUM_THREADS=1 python scripts/bench_lookahead.py --model DIR --sae DIR --data pairs.jsonl --pairs 8 --rounds 2
+
+Both in turns in one process; then each alone in a process, for its peak memory beyond the loaded model. The lookahead samples one token
+of one answer, so that what is left is the pass over the pairs. Without a model, a random Llama of 4 layers of 256.
+
+The passes beside it are those of a training step: the pairs of a step at once, every token's logits, a gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from meter import Stages
+from tiny import tiny_parts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
+
+from trl_sae_audit import LookaheadConfig, audit_preferences, load_dictionary
+from trl_sae_audit.audit.objectives import PreferenceLoss
+from trl_sae_audit.data.opener import iterate_rows
+from trl_sae_audit.models.sampling import Sampling
+
+TINY = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
+STEP = 8  # pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="directory; a random tiny Llama without it")
+    parser.add_argument("--dictionary", "--sae", dest="sae")
+    parser.add_argument("--dataset", "--data", dest="data")
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
+    parser.add_argument("--memory_of", choices=("passes", "audit"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    size, tokens, runs = load(options)
+    if options.memory_of:
+        stages = Stages()  # not ru_maxrss, which begins at the parent's
+        with stages.stage(options.memory_of):
+            runs[options.memory_of]()
+        print(stages.rows[0]["own"] * 2**20 / size)
+        return
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            began = clock()
+            run()
+            times[name].append(clock() - began)
+    ratios = [one / other for one, other in zip(times["audit"], times["passes"], strict=True)]
+    print(
+        f"{options.pairs} pairs of {tokens} tokens in all, padding not counted; a parameter size is {size / 2**20:.0f} MiB"
+    )
+    for name, seconds in times.items():
+        command = [sys.executable, *sys.argv, "--memory_of", name]
+        memory = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
+        print(
+            f"{name:8s} {statistics.median(seconds):8.2f} s, peak {memory:5.2f} parameter sizes beyond the model"
+        )
+    print(
+        f"the audit takes {statistics.median(ratios):.2f} of forward and backward ({', '.join(f'{r:.2f}' for r in ratios)})"
+    )
+
+
+def load(options: argparse.Namespace) -> tuple[int, int, dict[str, Callable[[], Any]]]:
+    """Bytes of the parameters, tokens of the pairs, and the two runs."""
+    if options.model:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        dictionary = load_dictionary(options.sae)
+        rows = [row.columns for row in iterate_rows(options.data) if row.columns is not None][: options.pairs]
+    else:
+        build, tokenizer, dataset, dictionary = tiny_parts(**TINY, pairs=options.pairs)
+        model, rows = build(), [dict(row) for row in dataset]
+    config = DPOConfig("unused", max_length=options.max_length, bf16=False, report_to="none", use_cpu=True)
+    loss = PreferenceLoss(tokenizer, config)
+    examples = loss.tokenize([(number, row) for number, row in enumerate(rows)])
+    batches = [loss.collate(examples[start : start + STEP]) for start in range(0, len(examples), STEP)]
+    sampling = Sampling(answers=1, max_new_tokens=1)
+    ahead = LookaheadConfig([{"prompt": rows[0]["prompt"]}], sampling=sampling, groups=2)
+
+    def passes() -> None:
+        model.train()
+        for batch in batches:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            log_probs = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+            first, second = (log_probs * batch["completion_mask"][:, 1:]).sum(1).chunk(2)
+            (-torch.nn.functional.logsigmoid(0.1 * (first - second)).mean()).backward()
+        model.zero_grad()
+
+    def audit() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = (model, tokenizer, rows, dictionary)
+            audit_preferences(
+                *arguments,
+                args=config,
+                output_dir=directory,
+                lookahead=ahead,
+                batch_size=STEP,
+                progress=False,
+            )
+
+    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return size, tokens, {"passes": passes, "audit": audit}
+
+
+if __name__ == "__main__":
+    main()
