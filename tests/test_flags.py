@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from worlds import make_dictionary
+from helpers.worlds import make_dictionary
 
 from trl_sae_audit import AuditError, Flag, FlagSet
 from trl_sae_audit.flags import append_flag
@@ -19,7 +19,14 @@ def test_flags_are_saved_and_read_back(path):
     flags = FlagSet(
         [
             Flag(
-                "tiny", 3, "sycophancy", "agrees with “everything”: always", 0.5, "both", identity="ab" * 32
+                "tiny",
+                3,
+                "sycophancy",
+                "agrees with “everything”: always",
+                0.5,
+                "both",
+                identity="ab" * 32,
+                audit="/runs/audit",
             ),
             Flag("tiny", 4),
         ]
@@ -79,6 +86,7 @@ def test_a_flag_is_added_to_a_file_of_any_shape(path, text):
         ("{dictionary: tiny, feature: 1, direction: sideways}", "direction 'sideways'"),
         ("{dictionary: tiny, feature: 1, wieght: 2}", "did you mean 'weight'"),
         ("{dictionary: tiny, feature: 1, label: 3}", "label 3"),
+        ("{dictionary: tiny, feature: 1, audit: 3}", "audit 3"),
         ("three", "is a str"),
     ],
 )
@@ -127,3 +135,28 @@ def test_direction_decides_what_a_flag_objects_to():
     assert list(Flag("t", 1, direction="up").signed(scores)) == [1, -2]
     assert list(Flag("t", 1, direction="down").signed(scores)) == [-1, 2]
     assert list(Flag("t", 1, direction="both").signed(scores)) == [1, 2]
+
+
+def test_words_are_comments_that_come_back(tmp_path):
+    path = tmp_path / "flags.yaml"
+    first = Flag(
+        "sae", 3, "flattery", reason="- a list?\n- no", words="Great question! · you're \u202e right"
+    )
+    append_flag(path, first)
+    append_flag(path, Flag("sae", 4))
+    append_flag(path, Flag("sae", 5, words="# what: a\nline"))
+    text = path.read_text(encoding="utf-8")
+    assert "\n  # words: Great question! · you're ⟨U+202E⟩ right\n" in text
+    loaded = FlagSet.load(path)
+    assert [flag.words for flag in loaded] == [
+        "Great question! · you're ⟨U+202E⟩ right",
+        "",
+        "# what: a line",
+    ]
+    assert loaded == FlagSet([first, Flag("sae", 4), Flag("sae", 5)])
+    loaded.save(tmp_path / "again.yaml")
+    assert [flag.words for flag in FlagSet.load(tmp_path / "again.yaml")] == [flag.words for flag in loaded]
+    FlagSet([]).save(path)
+    assert len(FlagSet.load(path)) == 0
+    path.write_text("version: 1\nflags: [{dictionary: sae, feature: 3}]\n# words: nobody's\n")
+    assert FlagSet.load(path)[0].words == ""

@@ -58,9 +58,9 @@ def test_twice_and_damaged(tmp_path: Path) -> None:
     for content in (
         "{",
         "[]",
-        json.dumps({"version": 9}),
-        json.dumps({"version": 1}),
-        '{"version": 1, "outcomes": [1]}',
+        json.dumps({"kind": "outcomes", "format": 9}),
+        json.dumps({"kind": "outcomes", "format": 1}),
+        '{"kind": "outcomes", "format": 1, "outcomes": [1]}',
     ):
         (tmp_path / FILE).write_text(content)
         with pytest.raises(AuditError, match=FILE):

@@ -7,21 +7,14 @@ import pytest
 from scipy import stats
 
 from trl_sae_audit import statistics
-from trl_sae_audit.errors import AuditError
 from trl_sae_audit.statistics import (
     benjamini_hochberg,
-    bootstrap_interval,
+    effect_unit,
     mann_kendall,
-    sign_flip_p,
     standard_error_of_sum,
     two_sided_normal_p,
     two_sided_t_p,
 )
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def test_standard_error_is_sqrt_n_times_the_sample_deviation(rng):
@@ -97,66 +90,13 @@ def test_mann_kendall_of_nothing_to_rank_is_nan():
         assert np.isnan(mann_kendall(np.zeros((n_times, 4)))[1]).all()
 
 
-def test_chunks_do_not_change_any_result(rng, monkeypatch):
+def test_chunks_change_no_trend(rng, monkeypatch):
     series = np.round(rng.standard_normal((9, 50)), 1)
-    before = mann_kendall(series), sign_flip_p(series, n_flips=300, seed=3)
+    before = mann_kendall(series)
     monkeypatch.setattr(statistics, "_CELLS", 100)
-    after = mann_kendall(series), sign_flip_p(series, n_flips=300, seed=3)
+    after = mann_kendall(series)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1], after[1])
-
-
-def test_exact_sign_flips_match_enumeration_by_hand(rng):
-    contributions = np.round(rng.standard_normal((7, 6)), 1)
-    contributions[:, 0] = 0
-    signs = np.array(list(itertools.product([1, -1], repeat=7)))
-    flipped, observed = np.abs(signs @ contributions), np.abs(contributions.sum(0))
-    expected = (flipped >= observed - 1e-9).mean(0)
-    np.testing.assert_allclose(sign_flip_p(contributions, n_flips=64), expected)
-
-
-def test_exact_sign_flips_match_scipy(rng):
-    contributions = rng.standard_normal((8, 3)) + 0.5
-    reference = stats.permutation_test(
-        (contributions,),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        n_resamples=np.inf,
-    )
-    np.testing.assert_allclose(sign_flip_p(contributions), reference.pvalue)
-
-
-def test_drawn_sign_flips_approach_the_exact_ones_and_never_reach_zero(rng):
-    contributions = rng.standard_normal((11, 20)) + 0.4
-    exact = sign_flip_p(contributions, n_flips=1024)
-    drawn = sign_flip_p(contributions, n_flips=1023, seed=1)
-    assert np.abs(exact - drawn).max() < 4 * 0.5 / np.sqrt(1023)
-    assert sign_flip_p(np.ones((40, 1)), n_flips=99)[0] == 1 / 100
-    np.testing.assert_array_equal(drawn, sign_flip_p(contributions, n_flips=1023, seed=1))
-
-
-def test_sign_flip_p_is_uniform_under_the_null(rng):
-    contributions = rng.standard_t(3, size=(60, 1500)) * rng.uniform(0.1, 5, size=(60, 1))
-    p = sign_flip_p(contributions, n_flips=999, seed=2)
-    assert stats.kstest(p, "uniform").pvalue > 0.01
-    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.02)
-
-
-def test_sign_flip_p_finds_what_is_there(rng):
-    contributions = rng.standard_normal((80, 200))
-    contributions[:, :20] += 1.0
-    q = benjamini_hochberg(sign_flip_p(contributions, n_flips=1999))
-    assert (q[:20] < 0.05).all()
-    assert (q[20:] < 0.05).mean() < 0.03
-
-
-def test_sign_flip_p_of_unknown_contributions_is_unknown():
-    contributions = np.ones((4, 3))
-    contributions[1, 0], contributions[2, 1] = np.nan, np.inf
-    p = sign_flip_p(contributions)
-    assert np.isnan(p[:2]).all()
-    assert p[2] == 1 / 8
-    assert np.isnan(sign_flip_p(np.zeros((0, 2)))).all()
 
 
 def test_two_sided_t_p_matches_scipy() -> None:
@@ -166,24 +106,7 @@ def test_two_sided_t_p_matches_scipy() -> None:
     np.testing.assert_allclose(two_sided_t_p(np.array([1.0, 4.0]), np.full(2, np.inf)), normal, rtol=1e-10)
 
 
-def test_a_bootstrap_interval_of_a_mean_is_that_of_the_normal_where_the_sample_is_large(rng):
-    sample = rng.standard_normal(4000)
-    found = bootstrap_interval(sample)
-    half = 1.96 * sample.std() / np.sqrt(len(sample))
-    np.testing.assert_allclose(
-        [found.low, found.high], [sample.mean() - half, sample.mean() + half], atol=0.1 * half
-    )
-    assert found.estimate == sample.mean()
-
-
-def test_a_bootstrap_draws_whole_rows(rng):
-    x = rng.standard_normal(50)
-    found = bootstrap_interval(np.stack([x, 3 * x], 1), lambda rows: np.corrcoef(rows.T)[0, 1], draws=200)
-    np.testing.assert_allclose([found.low, found.high], 1.0)
-    assert found.contains(1.0)
-    assert not found.contains(0.5)
-
-
-def test_a_bootstrap_of_nothing_is_refused():
-    with pytest.raises(AuditError, match="sample is empty"):
-        bootstrap_interval(np.zeros((0, 2)))
+def test_an_effect_is_in_units_of_its_own_deviation_and_twice_the_median() -> None:
+    unit = effect_unit(np.array([3.0, 0.0, np.nan, 1.0, 2.0]))
+    np.testing.assert_allclose(unit, [5.0, np.nan, np.nan, np.sqrt(17), np.sqrt(20)])
+    assert np.isnan(effect_unit(np.zeros(3))).all()

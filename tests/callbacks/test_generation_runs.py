@@ -1,0 +1,178 @@
+"""The drift in generations of whole trainings: recorded, logged, resumed, and harmless."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.harmless import nothing_left
+from helpers.trainers import BUILDERS, dpo
+from helpers.worlds import D_SAE, make_dictionary
+from peft import LoraConfig
+from rich.console import Console
+from transformers import Trainer
+
+from trl_sae_audit import FeatureAttributionCallback, RunRecord, Sampling
+from trl_sae_audit.callbacks.summary import print_summary
+from trl_sae_audit.errors import AuditError
+
+pytestmark = pytest.mark.newest
+
+SHORT = Sampling(answers=2, max_new_tokens=5)
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6"]
+GENERATING = sorted(set(BUILDERS) - {"Reward"})
+
+
+def callback(directory: Path, **more: Any) -> FeatureAttributionCallback:
+    given: dict[str, Any] = {"watch": {"one": 1}, "generations": SHORT, "generation_steps": 2}
+    return FeatureAttributionCallback(make_dictionary(), directory / "record", **given | more)
+
+
+def run(trainer: Trainer, directory: Path, resume: str | None = None, **more: Any) -> RunRecord:
+    trainer.add_callback(callback(directory, **more))
+    trainer.train(resume_from_checkpoint=resume)
+    return RunRecord.load(directory / "record")
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_weights_are_bit_identical_and_every_look_is_recorded(name: str, tmp_path: Path) -> None:
+    plain = BUILDERS[name](tmp_path / "plain")
+    plain.train()
+    watched = BUILDERS[name](tmp_path / "watched")
+    record = run(watched, tmp_path, generation_prompts=PROMPTS)
+    for key, value in plain.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[key]), key
+    assert nothing_left(watched)
+    drift = record.drift()
+    assert drift.index.tolist() == [2, 3]
+    assert drift.columns.tolist() == list(range(D_SAE))
+    assert (drift.abs().max(axis=1) > 0).all()
+    looks = record.table("generation_looks")
+    assert looks[["step", "global_step", "answers", "prompts"]].to_numpy().tolist() == [
+        [2, 2, 6, 3],
+        [3, 3, 6, 3],
+    ]
+    assert looks["effective_sample_size"].between(1, 6).all()
+
+
+def test_features_have_the_last_look_with_its_interval_and_the_log_that_of_watched_ones(
+    tmp_path: Path,
+) -> None:
+    trainer = dpo(tmp_path, logging_steps=1)
+    record = run(trainer, tmp_path)
+    features = record.features().set_index("feature").sort_index()
+    np.testing.assert_array_equal(features["generation_drift"], record.drift().loc[3])
+    assert (features["generation_drift_low"] <= features["generation_drift"]).all()
+    assert (features["generation_drift"] <= features["generation_drift_high"]).all()
+    spread = record.table("generation_features").set_index("feature")["spread"]
+    unit = np.sqrt(spread**2 + (2 * spread.quantile(0.5, interpolation="lower")) ** 2)
+    np.testing.assert_allclose(
+        features["generation_effect_size"], features["generation_drift"] / unit, rtol=1e-6
+    )
+    check_that_drift_leads(record)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    name = "sae/one/generation_drift"
+    assert [name in entry for entry in logged] == [False, True, True]
+    assert logged[-1][name] == pytest.approx(features["generation_drift"][1])
+    effective = record.table("generation_looks")["effective_sample_size"]
+    assert logged[-1]["sae/generations/effective_sample_size"] == pytest.approx(effective.iloc[-1])
+
+
+def check_that_drift_leads(record: RunRecord) -> None:
+    """In the order of the features, in print(record), in the model card, and in what is printed when training ends."""
+    features = record.features()
+    effect = features["generation_effect_size"]
+    assert effect.abs().is_monotonic_decreasing
+    numbers = [line.split()[0] for line in str(record).splitlines() if line.split()[:1]]
+    assert [int(word) for word in numbers if word.isdigit()] == features["feature"].head(10).tolist()
+    first = features.loc[effect.idxmax()]
+    half = (first["generation_drift_high"] - first["generation_drift_low"]) / 2
+    half *= first["generation_effect_size"] / first["generation_drift"]
+    row = next(
+        line for line in record.model_card().splitlines() if line.startswith(f"| {first['feature']} |")
+    )
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    selected = "selection" in features and np.isfinite(first["selection"])
+    shown = [f"{first['generation_effect_size']:+.3g}", f"{half:.2g}"]
+    assert cells[2:] == [*shown, *([f"{first['selection']:+.3g}"] if selected else [])]
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_summary(record.directory, console=console)
+    lines = console.export_text().splitlines()
+    head = next(line for line in lines if "±" in line).split()
+    assert head[:2] == ["feature", "drift"]
+    top = next(line.split() for line in lines if line.split()[:1] == [str(first["feature"])])
+    assert top[1:3] == shown
+
+
+def test_a_resumed_run_goes_on_with_the_same_answers_and_to_the_same_numbers(tmp_path: Path) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = run(dpo(tmp_path / "whole", **saved), tmp_path / "whole")
+    first = dpo(tmp_path / "parts", **saved)
+    first.add_callback(callback(tmp_path / "parts"))
+    first.train()
+    again = run(
+        dpo(tmp_path / "parts", **saved),
+        tmp_path / "parts",
+        resume=str(tmp_path / "parts" / "out" / "checkpoint-3"),
+    )
+    for table in ("generations", "generation_drift", "generation_looks"):
+        pd.testing.assert_frame_equal(whole.table(table), again.table(table))
+
+
+def test_a_resumed_run_in_a_new_record_says_from_where_it_measures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    run(dpo(tmp_path, **saved), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        record = run(dpo(tmp_path, **saved), tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3"))
+    assert "sampled from the model as it is after step 3" in caplog.text
+    assert record.table("generations")["step"].unique().tolist() == [3]
+    assert record.drift().index.tolist() == [4, 6]
+
+
+def test_with_an_adapter(tmp_path: Path) -> None:
+    trainer = BUILDERS["DPO"](tmp_path)
+    adapted = type(trainer)(
+        trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=trainer.processing_class,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    record = run(adapted, tmp_path, generation_prompts=PROMPTS)
+    assert (record.drift().abs().max(axis=1) > 0).all()
+
+
+def test_far_from_the_start_a_warning_says_what_to_do_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        record = run(dpo(tmp_path, learning_rate=0.05, max_steps=6), tmp_path, generation_steps=1)
+    looks = record.table("generation_looks")
+    assert not looks["trusted"].iloc[-1]
+    assert caplog.text.count("Compare checkpoints by sampled_change") == 1
+
+
+def test_a_run_without_generations_has_no_drift(tmp_path: Path) -> None:
+    record = run(dpo(tmp_path), tmp_path, generations=None)
+    assert "generation_drift" not in record.features()
+    with pytest.raises(AuditError, match="no drift in generations: pass generations="):
+        record.drift()
+
+
+def test_prompts_without_generations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match="pass generations="):
+        callback(tmp_path, generations=None, generation_prompts=PROMPTS)
+
+
+def test_a_reward_trainer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match="generates nothing"):
+        run(BUILDERS["Reward"](tmp_path), tmp_path)
+    assert not (tmp_path / "record").exists()
