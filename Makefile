@@ -1,6 +1,7 @@
 # make demo   the whole loop on a small model, with a report to look at
 # make docs   the documentation as a site, in site/
 # make test   every check, with the newest TRL and with the last one that has PPO
+# make package   wheel and sdist in dist/, checked, and the wheel tried in an environment with nothing else
 # All set up what they need, in .venv and .venv-ppo; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PINS := pyproject.toml constraints-base.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo docs test test-newest test-ppo browser lint clean
+.PHONY: demo docs test test-newest test-ppo browser lint package clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -22,11 +23,12 @@ docs: .venv/.installed-dev
 # one thread a worker
 test-newest test-ppo: export OMP_NUM_THREADS ?= 1
 
-test: lint test-newest test-ppo
+test: lint package test-newest test-ppo
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/lint-imports --no-logo
 	.venv/bin/mypy
 
 test-newest: .venv/.installed-dev browser
@@ -40,6 +42,17 @@ test-ppo: .venv-ppo/.installed-dev
 browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$$(id -u)" != 0 ] \
 	|| ! command -v apt-get >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } || true
+
+# The wheel is tried in an environment that has nothing but what it requires.
+package: .venv/.installed-dev
+	rm -rf dist build .venv-package
+	.venv/bin/python -m build --outdir dist . >/dev/null
+	.venv/bin/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet torch --constraint constraints.txt
+	.venv-package/bin/pip install --quiet dist/*.whl --constraint constraints.txt
+	.venv-package/bin/python scripts/smoke.py
+	rm -rf .venv-package
 
 # torch comes first and pinned: left to the other requirements, pip may fetch a second, larger build of it.
 
@@ -60,4 +73,4 @@ browser:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-ppo runs site
+	rm -rf .venv .venv-ppo .venv-package build dist runs site
