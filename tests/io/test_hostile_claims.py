@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -118,3 +121,18 @@ def test_a_probe_whose_numbers_no_tensor_holds(tmp_path):
     edit(tmp_path / "manifest.json", lambda manifest: manifest.update(baselines={"tiny": [10**30]}))
     with pytest.raises(AuditError, match="damaged"):
         READERS["checkpoint"].read(tmp_path)
+
+
+def test_damaged_size_statistics_of_a_table_do_not_end_the_process(tmp_path: Path) -> None:
+    # The column is said to have no empty places, and its statistics are those of one that may have some.
+    # pyarrow ends the process when it is asked for such a column's metadata.
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"x": [1, 2, 3]}), path)
+    content = path.read_bytes()
+    optional = b"\x25\x02\x18\x01x"
+    assert content.count(optional) == 1
+    path.write_bytes(content.replace(optional, b"\x25\x00\x18\x01x"))
+    reading = f"from pathlib import Path; from trl_sae_audit.io.tables import read_parquet; read_parquet(Path({str(path)!r}))"
+    done = subprocess.run([sys.executable, "-c", reading], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ValueError: Definition level histogram" in done.stderr

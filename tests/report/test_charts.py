@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 from trl_sae_audit import RunRecord
+from trl_sae_audit.report.axes import Scale, find_reach
 from trl_sae_audit.report.charts import Line, choose_ticks, draw, thin_line
 from trl_sae_audit.report.comparison import subtract_estimates
 from trl_sae_audit.report.curriculum import draw_curriculum_map, encode_png
@@ -158,3 +159,15 @@ def test_the_difference_of_rates_is_newcombes() -> None:
     assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
     assert gap.clear
     assert not subtract_estimates(1, None, None, 0, None, None).clear
+
+
+@pytest.mark.parametrize("number", [1e308, -1e308, 1e-310, np.inf, np.nan])
+def test_numbers_without_a_place_on_an_axis_are_left_out(number: float) -> None:
+    steps = np.arange(1.0, 4.0)
+    drawing = draw("a", [Line("one", steps, np.array([1.0, number, 2.0]), np.array([0.5, 0.5, number]))])
+    assert drawing is not None
+    assert drawing.y_ticks[-1][1] in ("2", "2.5", "3")
+    assert draw("steps", [Line("one", np.array([1.0, number]), np.array([1.0, 2.0]))]) is not None
+    assert find_reach([3.0, -5.0, number, np.nan]) == 5
+    assert Scale.of(np.array([0.2, number if abs(number) > 1 else np.nan])) == Scale(1.0, "")
+    assert np.isfinite(Scale.of(np.array([number])).factor)

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+LARGEST, SMALLEST = 1e100, 1e-100
+"""No quantity of ours lies beyond them, and an axis that includes such a number overflows."""
+
+
+def can_be_drawn(values: ArrayLike) -> np.ndarray:
+    """Which numbers have a place on an axis: the finite ones that do not overflow it."""
+    return np.abs(np.asarray(values, float)) < LARGEST  # False for NaN
+
+
+def find_reach(ends: Iterable[float]) -> float:
+    """How far an axis with zero in its middle reaches on either side, so that all ends of intervals have a place on it."""
+    sizes = np.abs(np.fromiter(ends, float))
+    return float(sizes[can_be_drawn(sizes)].max(initial=0.0)) or 1.0
 
 
 @dataclass(frozen=True)
@@ -17,9 +33,8 @@ class Scale:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Scale:
-        finite = np.abs(values[np.isfinite(values)])
-        largest = float(finite.max()) if finite.size else 0.0
-        if largest == 0 or 0.1 <= largest < 1000:
+        largest = float(np.abs(values[can_be_drawn(values)]).max(initial=0.0))
+        if largest < SMALLEST or 0.1 <= largest < 1000:
             return cls(1.0, "")
         power = math.floor(math.log10(largest))
         return cls(10.0**-power, f" ×10{_superscript(power)}")

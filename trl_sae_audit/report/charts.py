@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .axes import SMALLEST, can_be_drawn
 from .text import format_number
 
 WIDTH, HEIGHT = 1000, 100
@@ -73,7 +74,7 @@ def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None
         unit: of y.
         top: end of the y axis, for quantities with a natural maximum.
     """
-    lines = [thin_line(_drop_nonfinite(line)) for line in lines]
+    lines = [thin_line(_drop_what_cannot_be_drawn(line)) for line in lines]
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return None
@@ -106,8 +107,8 @@ def draw(title: str, lines: Sequence[Line], unit: str = "", *, top: float | None
 
 
 def choose_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
-    if not high > low:
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them. Both can be drawn."""
+    if not high - low > SMALLEST:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -118,9 +119,11 @@ def choose_ticks(low: float, high: float, count: int, *, whole: bool = False) ->
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
-def _drop_nonfinite(line: Line) -> Line:
-    keep = np.isfinite(line.y)
-    margin = None if line.margin is None else np.nan_to_num(line.margin[keep])
+def _drop_what_cannot_be_drawn(line: Line) -> Line:
+    keep = can_be_drawn(line.x) & can_be_drawn(line.y)
+    margin = None
+    if line.margin is not None:
+        margin = np.where(can_be_drawn(line.margin), line.margin, 0.0)[keep]
     return replace(line, x=np.asarray(line.x, float)[keep], y=np.asarray(line.y, float)[keep], margin=margin)
 
 

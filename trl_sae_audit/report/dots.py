@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..text import sanitize_excerpt
-from .axes import Scale, Whisker
+from .axes import Scale, Whisker, find_reach
 from .comparison import FeatureRow, Measure
 from .sentences import name_feature
 from .sources import ReportSource
@@ -110,8 +110,8 @@ def plot_features(
         return None
     values = [value for row in rows for value in row.values if value is not None]
     scale = Scale.of(np.array([value.estimate for value in values]))
-    ends = [abs(end) for value in values for end in (value.estimate, value.low, value.high)]
-    reach = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
+    ends = [end for value in values for end in (value.estimate, value.low, value.high)]
+    reach = find_reach(ends)
     plotted = []
     for row in rows:
         dots = []

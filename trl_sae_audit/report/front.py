@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ..text import sanitize, sanitize_excerpt
-from .axes import Scale, Whisker
+from .axes import Scale, Whisker, find_reach
 from .comparison import FeatureRow, Measure
 from .curriculum import Group
 from .lead import Lead, known_leads, read_lead
@@ -107,8 +106,8 @@ def build_front(
     lead = compared[0].lead if compared else known_leads(view.features)[0]
     frame = _ranked(view, lead)
     values = _compared_values(compared) if compared else _leading_values(frame)
-    ends = [abs(end) for _, _, bars in values for _, *numbers, _ in bars for end in numbers]
-    reach = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
+    ends = [end for _, _, bars in values for _, *numbers, _ in bars for end in numbers]
+    reach = find_reach(ends)
     scale = Scale.of(
         pd.Series([value for _, _, bars in values for _, value, *_ in bars], dtype=float).to_numpy()
     )

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ..audit.evidence_files import Evidence
 from ..text import sanitize_excerpt
-from .axes import Scale, Whisker
+from .axes import Scale, Whisker, find_reach
 from .lead import SIGNIFICANT, Lead, known_leads, read_lead
 from .sources import ReportSource, View
 from .text import format_number, format_percent, format_probability, format_signed
@@ -72,8 +71,7 @@ def build_head_table(source: ReportSource, view: View) -> HeadTable:
     frame = frame[frame["lead_rank"] >= 0]
     gained, lost = (frame[sign * frame["lead_value"] > 0].head(_HEAD_ROWS) for sign in (1, -1))
     both = pd.concat([gained, lost])
-    ends = both[["lead_value", "lead_low", "lead_high"]].abs().to_numpy()
-    reach = float(ends[np.isfinite(ends)].max(initial=0.0)) or 1.0
+    reach = find_reach(both[["lead_value", "lead_low", "lead_high"]].to_numpy().ravel())
     scale, loss_scale = (Scale.of(both[name].to_numpy()) for name in ("lead_value", "attribution"))
     columns = [
         (name, text)

@@ -16,6 +16,7 @@ from ..io.manifest import MANIFEST, read_manifest, reading, stored_files
 from ..io.tables import read_frame
 from ..record.rollouts import COLUMNS, read_rollouts
 from ..text import sanitize_excerpt
+from .axes import can_be_drawn
 from .charts import HEIGHT, WIDTH, choose_ticks
 from .rollouts import Reader, pair_rollouts
 from .text import describe_ceiling, format_count, format_number, format_percent, format_signed
@@ -137,7 +138,10 @@ def _format_interval(values: list[float | None], text: Any) -> str:
 
 
 def _draw_scatter(table: pd.DataFrame, score: str) -> Scatter | None:
-    if score not in table or not len(table):
+    if score not in table:
+        return None
+    table = table[can_be_drawn(table[score]) & can_be_drawn(table["measured"])]
+    if not len(table):
         return None
     largest = table.reindex(table["measured"].abs().sort_values(ascending=False).index).head(_MOST_POINTS)
     x, y = largest[score].to_numpy(), largest["measured"].to_numpy()
