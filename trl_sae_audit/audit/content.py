@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -48,15 +48,19 @@ class AuditContent:
     dictionary: DictionaryInfo
     loss: AuditLoss
     settings: AuditSettings
-    parts: Count = 0
-    rows: Count = 0
-    examples: Count = 0
-    dataset_sha256: str = ""
-    notes: dict[str, Count] = field(default_factory=dict)
-    set_aside: list[tuple[Count, str]] = field(default_factory=list)
+    parts: Count | None = None
+    rows: Count | None = None
+    examples: Count | None = None
+    dataset_sha256: str | None = None
+    notes: dict[str, Count] | None = None
+    set_aside: list[tuple[Count, str]] | None = None
 
     def __post_init__(self) -> None:
-        if self.status == "finished" and not (self.parts and self.dataset_sha256):
+        if self.status == "running":
+            return
+        if self.rows is None or self.examples is None or self.set_aside is None or self.notes is None:
+            raise ValueError("it is finished and lacks rows, examples, set_aside or notes")
+        if not (self.parts and self.dataset_sha256):
             raise ValueError("it is finished and has no figures")
         if self.examples + len(self.set_aside) > self.rows:
             raise ValueError(f"it has {self.examples} examples in {self.rows} rows")
