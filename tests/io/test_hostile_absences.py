@@ -1,16 +1,20 @@
-"""What is missing in a manifest is said, or not needed: every key of every manifest removed in turn."""
+"""What is missing in a manifest or a table is said, or not needed: every key and every column removed in turn."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.hostile import READERS
+from helpers.hostile.fuzz import correct_checksum
 from helpers.hostile.readers import text_of
 
 from trl_sae_audit import AuditError
@@ -46,3 +50,23 @@ def test_every_key_of_a_manifest_is_needed_and_said_or_not_needed(tmp_path: Path
             with suppress(AuditError):
                 text_of(reader.read(tmp_path))
         path.write_text(json.dumps(written))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["run record", "audit", "report of a record"])
+def test_every_column_of_a_table_is_needed_and_said_or_not_needed(tmp_path: Path, name: str) -> None:
+    reader = READERS[name]
+    reader.write(tmp_path)
+    for path in sorted(tmp_path.rglob("*.parquet")):
+        written, rows = path.read_bytes(), pq.read_table(path)
+        for column in rows.column_names:
+            for changed in (
+                rows.drop_columns([column]),
+                rows.set_column(rows.column_names.index(column), column, pa.array([math.nan] * len(rows))),
+            ):
+                pq.write_table(changed, path)
+                correct_checksum(tmp_path, path, path.read_bytes())
+                with suppress(AuditError):
+                    text_of(reader.read(tmp_path))
+        path.write_bytes(written)
+        correct_checksum(tmp_path, path, written)

@@ -533,3 +533,11 @@ def test_an_npz_with_objects_in_it(tmp_path: Path) -> None:
     np.savez(place / "params.npz", threshold=np.array([{}], dtype=object))
     with pytest.raises(AuditError, match=r"damaged or incomplete.*allow_pickle"):
         load_dictionary(place)
+
+
+def test_arrays_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    place, weights = write(CASES["sparsify"], tmp_path)
+    (path,) = place.rglob("*.safetensors")
+    save_file(weights | {"encoder.bias": weights["encoder.bias"][:-1].clone()}, path)
+    with pytest.raises(AuditError, match="do not fit together"):
+        load_dictionary(place)

@@ -37,7 +37,7 @@ PREDICTIONS = (
 """What a lookahead adds to the table of features, as far as it was asked for."""
 _SIDE_COLUMNS = ("", "_active")
 _ALWAYS = (
-    "dictionary", "feature", "attribution", "standard_error", "p_value", "q_value", "lift", "length_q_value"
+    "dictionary", "feature", "attribution", "standard_error", "p_value", "q_value", "share", "lift", "length_q_value"
 )  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def _read(path: Path, dictionary: FeatureDictionary) -> pd.DataFrame:
         numbers = frame["feature"].to_numpy()
         if numbers.dtype != np.int64 or (np.sort(numbers) != np.arange(len(numbers))).any():
             raise ValueError("its features are not those of the dictionary")
-        if "selection" in frame and "selection_standard_error" not in frame:
-            raise ValueError("it has selection without its standard error")
+        if "selection" in frame and not {"selection_standard_error", "selection_q_value"} <= set(frame):
+            raise ValueError("it has selection without its standard error or q-value")
         texts = frame.drop(columns="dictionary").select_dtypes(exclude="number")
         if len(texts.columns):
             raise ValueError(f"its column {texts.columns[0]!r} is not of numbers")

@@ -15,6 +15,7 @@ _NUMBERS = {
     "generation_features": ("feature", "spread"),
 }
 _TEXTS = {
+    "steps": ("dictionary",),
     CONTEXTS: ("dictionary", "source", "prompt", "before", "at", "after"),
     WORDS: ("dictionary", "words"),
     "generation_drift": ("dictionary",),
@@ -23,7 +24,7 @@ _TEXTS = {
 
 
 def check_columns(rows: pd.DataFrame, name: str, directory: Path) -> None:
-    """Refuse, with an AuditError, a table of contexts, words or drift that lacks a column or has one of another type."""
+    """Refuse, with an AuditError, a table of steps, contexts, words or drift that lacks a column or has one of another type."""
     if not len(rows):
         return
     wrong = [each for each in _NUMBERS.get(name, ()) if each not in rows or not is_numeric_dtype(rows[each])]

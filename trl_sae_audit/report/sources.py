@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import is_numeric_dtype, is_string_dtype
+from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_string_dtype
 from scipy.stats import t as student_t
 
 from ..audit.evidence_files import Context, Evidence, contexts_in, read_evidence
@@ -26,12 +26,12 @@ from ..statistics import NORMAL_QUANTILE
 
 _NUMBERS = {
     "steps": ("step", "feature", "attribution", "standard_error"),
-    "gradient": ("step", "norm", "coverage", "coverage_random", "finite"),
+    "gradient": ("step", "norm", "coverage", "coverage_random"),
     "health": ("step", "fvu", "token_fvu", "l0"),
     "drift": ("step", "drift"),
     "log": ("step", "value"),
 }
-"""The numeric columns that a page reads from a run's tables. It also reads `dictionary` (all but the log), `label` (drift) and `name` (log)."""
+"""The numeric columns that a page reads from a run's tables. It also reads `dictionary` (all but the log), `label` (drift), `name` (log) and `finite` (gradient)."""
 _CARDS = 150
 """Features in front, by each score that orders a table, whose cards have contexts."""
 _AUDIT_COLUMNS = ("length_correlation", "length_q_value", "disparity", "active_examples", "predicted_change")
@@ -225,13 +225,18 @@ def _read_table(record: RunRecord, name: str) -> pd.DataFrame:
     rows = record.table(name)
     texts = {"log": ("name",), "drift": ("dictionary", "label")}.get(name, ("dictionary",))
     numbers = (*_NUMBERS[name], *(("positive", "negative") if name == "steps" and record.sides else ()))
-    for column in (*numbers, *texts) if len(rows) else ():
-        right = is_numeric_dtype if column in numbers else is_string_dtype
-        if column not in rows or not right(rows[column].dtype):
-            raise AuditError(
-                f"Table {name!r} of the record in {record.directory} has no column {column!r} of "
-                f"{'numbers' if right is is_numeric_dtype else 'texts'}; read it with the release that wrote it."
-            )
+    kinds = {
+        "numbers": (numbers, is_numeric_dtype),
+        "texts": (texts, is_string_dtype),
+        "truth values": (("finite",) if name == "gradient" else (), is_bool_dtype),
+    }
+    for kind, (columns, right) in kinds.items() if len(rows) else ():
+        for column in columns:
+            if column not in rows or not right(rows[column].dtype):
+                raise AuditError(
+                    f"Table {name!r} of the record in {record.directory} has no column {column!r} of {kind}; read it with the "
+                    "release that wrote it."
+                )
     return rows
 
 

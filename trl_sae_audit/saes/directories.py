@@ -39,7 +39,7 @@ def load_directory(path: Path, converter: str | None = None) -> SAE[Any]:
     if converter != "sae_lens" and not (own and converter is None):
         parts = read_foreign(path, converter)
         if parts is not None:
-            return make_sae(parts)
+            return make_sae(parts, path)
     for file in (_CONFIG, _WEIGHTS):
         if not (path / file).is_file():
             raise AuditError(
@@ -50,12 +50,21 @@ def load_directory(path: Path, converter: str | None = None) -> SAE[Any]:
     return _load_own(path)
 
 
-def make_sae(parts: Parts) -> SAE[Any]:
-    """sae-lens' SAE of those parts."""
+def make_sae(parts: Parts, place: str | Path) -> SAE[Any]:
+    """sae-lens' SAE of the parts read at `place`.
+
+    Raises:
+        AuditError: arrays whose shapes do not fit together.
+    """
     kind, config_kind = SAE_CLASS_REGISTRY[parts.config["architecture"]]
     sae = kind(config_kind.from_dict({**parts.config, "device": "meta"}))
     sae.cfg.device = "cpu"
-    sae.load_state_dict(parts.state, assign=True)
+    try:
+        sae.load_state_dict(parts.state, assign=True)
+    except RuntimeError as error:  # how torch says that shapes do not fit
+        raise AuditError(
+            f"The arrays of the SAE in {str(place)!r} do not fit together ({_one_line(error)}); copy the SAE again."
+        ) from error
     return sae.to(dtype=parts.state["W_dec"].dtype, device="cpu")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import PositiveInt
+from pydantic import Field
+
+Size: TypeAlias = Annotated[int, Field(gt=0, lt=2**53)]
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class DictionaryInfo:
     name: str
     identity: str
     hook_point: str
-    d_sae: PositiveInt
-    d_model: PositiveInt
+    d_sae: Size
+    d_model: Size
     model_name: str | None = None
     neuronpedia_id: str | None = None
 

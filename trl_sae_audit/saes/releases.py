@@ -82,7 +82,7 @@ def _load_repository(repository: str, folder: str, converter: str | None) -> SAE
     if is_pickle(place) and not place.exists():
         parts = read_foreign(place, converter)
         if parts is not None:
-            return make_sae(parts)
+            return make_sae(parts, place)
         raise pickle_error(place, f"SAE {repository}/{folder}", f"hf download {repository} {folder}")
     if not place.exists():
         raise AuditError(
@@ -114,7 +114,7 @@ def _load_converted(registered: PretrainedSAELookup, sae_id: str) -> SAE[Any]:
         raise pickle_error(Path(file), what, f"hf download {registered.repo_id} {file}")
     overrides = get_config_overrides(registered.release, sae_id)
     parts.config["metadata"] |= {"model_name": registered.model, **overrides}
-    return make_sae(parts)
+    return make_sae(parts, place)
 
 
 def _fetch(repository: str, folder: str) -> Path:
