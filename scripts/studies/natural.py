@@ -92,7 +92,7 @@ def audit_table(audit: Audit) -> pd.DataFrame:
             "feature": table["feature"],
             "effect size": table["effect_size"].map("{:+.4f}".format),
             "95 % interval": [
-                f"{low:+.4f} to {high:+.4f}"
+                f"{low:+.4f} to {high:+.4f}" if np.isfinite(high - low) else "–"
                 for low, high in zip(table["effect_size_low"], table["effect_size_high"], strict=True)
             ],
             "words": table["words"].map(in_a_cell),
