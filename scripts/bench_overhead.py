@@ -2,7 +2,7 @@
 
 Every variant is a whole TRL trainer in a thread of its own. They take turns, one optimizer step each, in an order
 drawn again every round; a turn lasts from the beginning of a step to the beginning of that trainer's next one, so
-logging and writing the record count. Reported is the median over rounds of time with / time without, with a
+logging and writing the record count. Reported is the median over rounds of time / time of the base, with a
 bootstrap interval. Without options it times a tiny model; `--model DIR --data PAIRS` times a real one.
 """
 
@@ -274,6 +274,12 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(
+        "--base",
+        default="without",
+        choices=VARIANTS,
+        help="one of the variants, by which the others are divided",
+    )
+    parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
@@ -283,6 +289,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.base not in options.variants:
+        parser.error(f"--base {options.base!r} is not among --variants; add it, or choose one of them")
     if options.alone:
         alone(options.alone, options)
         return
@@ -298,13 +306,13 @@ def main() -> None:
     for column in (
         "variant",
         "median step",
-        "ratio to without",
+        f"ratio to {options.base}",
         "95 % interval",
         *(["peak MiB"] * options.memory),
     ):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for variant in options.variants:
-        middle, low, high = ratio(times[variant], times["without"])
+        middle, low, high = ratio(times[variant], times[options.base])
         cells = [
             variant,
             f"{1000 * np.median(times[variant]):.1f} ms",

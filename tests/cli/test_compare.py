@@ -58,6 +58,8 @@ def test_the_table_fits_a_terminal(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["compare", *runs, "--output", str(tmp_path / "page.html")]) == 0
     shown = capsys.readouterr().out
+    assert cli.main(["compare", *runs, "--names", "dpo-plain", "dpo-filtered"]) == 0
+    assert capsys.readouterr().out.count(" dpo-filtered ") > 8
     table, _, path = shown.partition("The page, to open in a browser:")
     assert all(len(line) <= 80 for line in table.splitlines())
     assert "90%" in table

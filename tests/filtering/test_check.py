@@ -44,6 +44,15 @@ def test_it_is_what_an_audit_of_the_kept_rows_predicts(model, tokenizer, diction
     assert result.check.pairs == len(result.kept)
     assert result.summary["check"]["flags"][0]["after"] == found["after"][11]
     assert describe_check(result.summary["check"])[0].startswith("Predicted again on")
+    words = before.set_index("feature")["words"]
+    assert found.set_index("feature")["words"].equals(words)
+    rise = {"before": 0.0012, "after": 0.034}
+    told = result.summary["check"] | {
+        "risen": [{"feature": 7, "words": "w7 " * 20, **rise}, {"feature": 8, **rise}]
+    }
+    assert "7 “w7 w7" in describe_check(told | {"risen_count": 2})[-1]
+    assert ": 2 not flagged: " in describe_check(told | {"risen_count": 2})[-1]
+    assert "…” (+0.0012 to +0.034), 8 (+0.0012 to" in describe_check(told | {"risen_count": 9})[-1]
 
 
 def test_weights_count_as_copies(audit, data):

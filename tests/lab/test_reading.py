@@ -57,6 +57,8 @@ def test_what_is_flagged_tells_agreeing_answers_from_others(world: World, reader
         progress=False,
     )
     flags = find_flags(audit, reader, "agrees", "disparity")
+    known = audit.features().set_index("feature")["words"]
+    assert [flag.words for flag in flags] == [known[flag.feature] for flag in flags]
     truth = world.ground_truth.query("behaviour == 'agrees'").set_index("feature")["auc"]
     separation = [
         truth[flag.feature] if flag.direction == "up" else 1 - truth[flag.feature] for flag in flags

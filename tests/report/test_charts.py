@@ -61,7 +61,7 @@ def test_the_tables_say_what_the_features_say(record: Path) -> None:
         values = features.loc[row.feature]
         degrees = values["degrees_of_freedom"]
         margin = float(student_t.ppf(0.975, degrees)) * values["standard_error"]
-        assert row.value.text == format_signed(values["attribution"])
+        assert row.value.text == format_signed(values["attribution"], padded=True)
         assert row.margin == f"{margin:.2g}"
         assert (row.whisker.middle > row.whisker.zero) == (values["attribution"] > 0)
         assert row.whisker.high - row.whisker.middle == pytest.approx(

@@ -25,6 +25,8 @@ def test_one_run(record: Path) -> None:
     source = open_source(record)
     front = front_of([source], {5: "not at all · no; raises no"}, {5: "denial 5"})
     assert front.sentence.startswith("The loss pushed towards “flattery” (feature 3) and feature 7, and away")
+    worded = front_of([source], {3: "you are right · so; raises a", 7: "as ever"}, {7: "routine 7"})
+    assert "“flattery: you are right” (feature 3) and “routine: as ever” (feature 7)" in worded.sentence
     features = source.views[0].features.set_index("feature")
     assert [row.feature for row in front.rows][:5] == list(features["attribution"].nlargest(5).index)
     rows = {row.feature: row for row in front.rows}

@@ -100,10 +100,10 @@ def test_all_risen_features_are_compared_those_first_that_rise_more(sources):
     value = rows[1].values[1]
     assert (value.estimate, value.low, value.high) == pytest.approx((0.6, 0.5, 0.7))
     assert value.attribution == pytest.approx(sources[1].views[0].features["attribution"][40] / 48)
-    sentence = describe_risen(rows, sources, {40: "active on sure; raises of"})
+    sentence = describe_risen(rows, sources, {40: "I am sure; raises of"})
     assert sentence == (
         "Rising in generations beyond chance are 2 in plain and 2 in shaped; clearly more than in plain, where pressure may have "
-        "moved: feature 40, active on sure."
+        "moved: feature 40, “I am sure”."
     )
 
 

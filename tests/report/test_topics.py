@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from helpers.audits import audited
@@ -10,6 +11,7 @@ from helpers.worlds import WORDS, make_model, make_sae_dictionary, make_tokenize
 
 from trl_sae_audit.io.feature_labels import Label, LabelSet
 from trl_sae_audit.report import write_report
+from trl_sae_audit.report.topics import Topic
 
 ABOUT = (WORDS[:3], WORDS[3:6])
 
@@ -51,6 +53,13 @@ def test_every_cell_beyond_chance_is_shown_under_its_topic(made):
     assert "<b>odd</b>" not in page
     assert "&lt;b&gt;odd&lt;/b&gt;" in page
     assert 'href="#topics"' in page
+    assert '<th scope="col">words</th>' in page.split('id="topics"')[1].split("</table>")[0]
+
+
+def test_words_that_are_the_topics_names_are_not_shown_twice():
+    named = [Topic(n, f"w{n} · w{n + 1}", f"w{n} · w{n + 1}" if n else "", 8, 0, []) for n in range(2)]
+    assert all(topic.is_named_by_words for topic in named)
+    assert not replace(named[0], words="w9").is_named_by_words
 
 
 def test_every_family_opens(made):

@@ -21,7 +21,15 @@ def test_what_contexts_share_comes_first_and_nothing_twice():
 def test_a_token_inside_a_word_shows_the_word_and_single_contexts_some_neighbours():
     assert words_of([("The capital of it is Par", "is", " , as all know.")]) == "it is Paris"
     assert words_of([("", "Yes", ", it is")]) == "Yes, it"
-    assert words_of([("so it ends.", "<|im_end|>", "")]) == "ends.<|im_end|>"
+
+
+def test_special_tokens_are_no_words():
+    assert words_of([("so it ends.", "<|im_end|>", "")]) == "it ends."
+    ends = [("you know this well .", "<eos>", ""), ("I know this well .", "<eos>", "")]
+    assert words_of(ends) == "know this well ."
+    assert words_of([("as always", "<｜end▁of▁sentence｜>", "")]) == "as always"
+    assert words_of([("", "<eos>", ""), ("", "</s>", "")]) == "<eos> · </s>"
+    assert words_of([("write <b>", "bold", "</b> here <eos>")]) == "write <b>bold"
 
 
 def test_one_phrase_within_another_is_said_once():

@@ -92,7 +92,7 @@ def test_the_command(model, tokenizer, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "What they write" in text
     assert " flattery: " in text
-    shown = text.partition("Where they differ most")[2]
+    shown = text.partition("Where the answers differ most")[2]
     assert shown.count("prompt") >= 3
     assert "«" in shown
     assert max(map(len, text.splitlines())) <= 80

@@ -15,7 +15,8 @@ from helpers.report_sources import make_record
 from helpers.worlds import make_sae_dictionary, nudged, prompts
 
 from trl_sae_audit import AuditError, diff_models
-from trl_sae_audit.cli.diff import sample_rows, watched_of
+from trl_sae_audit.cli.diff import watched_of
+from trl_sae_audit.cli.examples import sample_rows
 from trl_sae_audit.models.sampling import Sampling
 from trl_sae_audit.record.rollouts import ACTIVATIONS, AFTER, BEFORE
 from trl_sae_audit.report import write_report
@@ -80,7 +81,7 @@ def test_prompts_answers_and_marks_by_brute_force(model, tokenizer, compared):
 
 def test_rows_are_by_their_change_and_words_are_marked(compared):
     _, found = compared
-    rows = sample_rows(found)
+    rows = sample_rows(found.samples)
     changes = [abs(row["change"]) for row in rows]
     assert changes == sorted(changes, reverse=True)
     assert "w17" in rows[0]["after"].partition("«")[2].partition("»")[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -298,6 +300,22 @@ class TestCommand:
             == 0
         )
         assert set(json.loads(capsys.readouterr().out)["targets"]) == {"on given text"}
+
+    def test_an_answer_before_and_after_with_words(self, compared, tokenizer, models, capsys):
+        after = copy.deepcopy(models[0])
+        with torch.no_grad():
+            after.lm_head.weight[tokenizer.convert_tokens_to_ids("w17")] *= 30
+            after.model.layers[0].mlp.down_proj.weight *= 1.1
+        save_model(after, tokenizer, compared / "says-w17")
+        pairs(30, seed=4).to_json(compared / "more.jsonl")
+        options = ["--sae", str(compared / "sae"), "--samples", "2"]
+        options += ["--after", str(compared / "says-w17"), "--dataset", str(compared / "more.jsonl")]
+        assert main(self.command(compared, *options)) == 0
+        shown = capsys.readouterr().out.partition("Where the answers differ most")[2]
+        assert re.match(r"; «» where it shows\s+\d+ \(\w", shown)
+        assert "w17" in shown.partition("after")[2].partition("«")[2].partition("»")[0]
+        assert shown.count("prompt ") == 1
+        assert max(map(len, shown.splitlines())) <= 80
 
     def test_another_dictionary_is_refused(self, compared, capsys):
         assert main(self.command(compared, "--sae", str(compared / "other_sae"))) == 2

@@ -45,6 +45,7 @@ class CompareArguments:
 
 
 OPTIONS = (CompareArguments, OutputArguments)
+_FEATURE = "feature, words"
 
 
 def run(arguments: CompareArguments, output: OutputArguments) -> int:
@@ -82,12 +83,12 @@ def _parts(
     else:
         parts.append("No behaviour was measured: none of them has outcomes (trl_sae_audit.outcomes).")
     if rows:
-        shown = max(top, sum(bool(row.label) or row.rises_more for row in rows))
+        shown = max(top, sum(bool(row.label) for row in rows))
         parts.append(_feature_table(sources, rows[:shown]))
         parts.append(
             f"{rows[0].lead.meaning} ± and brackets: 95% intervals; a * marks a difference whose interval excludes 0."
         )
-        risen = describe_risen(rows, sources, {})
+        risen = describe_risen(rows, sources, {row.feature: row.words for row in rows if row.words})
         rest = sum(row.rises for row in rows[shown:])
         parts += [risen] if risen else []
         parts += (
@@ -134,11 +135,11 @@ def _feature_table(sources: Sequence[ReportSource], rows: Sequence[FeatureRow]) 
     )
     cells = []
     for row in rows:
-        first = True
+        about = [name_feature(row.feature, row.label) if row.label else str(row.feature), row.words]
         for source, value, gap in zip(sources, row.values, row.differences, strict=True):
             if value is None:
                 continue
-            name = (name_feature(row.feature, row.label) if row.label else str(row.feature)) if first else ""
+            name = about.pop(0) if about else ""
             interval = f"± {format_number(scale(value.margin), 2)}"
             line = [
                 name,
@@ -149,10 +150,9 @@ def _feature_table(sources: Sequence[ReportSource], rows: Sequence[FeatureRow]) 
             ]
             if lead.name != "attribution":
                 line.append(format_signed(loss_scale(value.attribution), 2))
-            cells.append([*line, row.words if first else ""])
-            first = False
+            cells.append(line)
     columns: dict[str, Justify] = {
-        "feature": "left",
+        _FEATURE: "left",
         "run": "left",
         lead.heading: "right",
         "": "left",
@@ -163,10 +163,7 @@ def _feature_table(sources: Sequence[ReportSource], rows: Sequence[FeatureRow]) 
     if lead.name != "attribution":
         columns[f"attribution{loss_scale.unit}"] = "right"
         title = f"Which features rise: {lead.heading}{what}{scale.unit}"
-    if not any(row.words for row in rows):
-        return table(title, columns, [line[:-1] for line in cells])
-    optional = list(columns)[5:]
-    return table(title, {**columns, "words": "left"}, cells, words="words", optional=optional)
+    return table(title, columns, cells, words=_FEATURE, optional=list(columns)[5:])
 
 
 def _gap(gap: Difference | None, scale: float, digits: int) -> str:

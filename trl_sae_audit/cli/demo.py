@@ -15,7 +15,7 @@ DESCRIPTION = (
     "The whole loop, offline, in five minutes on a CPU. It makes a small world in which the truth is known, trains with DPO on "
     "preferences with a planted flaw and shows what goes wrong, foretells it with an audit, flags the features that should not be "
     "taught, trains again on filtered and on shaped preferences, does the same with a reward, and says at the end what was "
-    "foretold and what was prevented. Everything stays in OUTPUT_DIR, where configs/*/tiny.yaml look for it."
+    "foretold and what was prevented. Everything stays in DIR, where configs/*/tiny.yaml look for it."
 )
 EXAMPLE = "trl-sae-audit demo"
 _DEMO_MARKER = ".made-by-demo"

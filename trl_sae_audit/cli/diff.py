@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..console import Justify, table
+from .examples import examples_of, sample_rows
 from .options import DictionaryArguments, ModelArguments, OutputArguments
 from .origins import known_options, origins
 from .parser import option
@@ -72,6 +73,7 @@ def _known(given: Mapping[str, Any]) -> dict[str, Any]:
     return known_options("before", given) if "after" not in given else {}
 
 
+_EXAMPLES = 3
 KNOWN = {"known": _known, "may_be_known": ("after", "dataset", "dictionary", "sae_id", "hook_point")}
 OPTIONS = (DiffArguments, DictionaryArguments, OutputArguments)
 
@@ -133,6 +135,8 @@ def _labels(arguments: DiffArguments, dictionary: FeatureDictionary) -> LabelSet
 
 def show(found: ModelDiff, top: int, output: OutputArguments) -> None:
     """Print what rose and fell, in what they write and how they read."""
+    from ..io.feature_labels import captions
+
     document: dict[str, Any] = {
         "dictionary": found.dictionary,
         "prompts": found.prompts,
@@ -149,11 +153,12 @@ def show(found: ModelDiff, top: int, output: OutputArguments) -> None:
         }
         told = f"{title}: {len(beyond)} of {len(frame)} active features changed beyond chance"
         parts.append(table_of(told, frame.head(top)))
-    document["samples"] = sample_rows(found)
+    words = dict(zip(found.writes["feature"].tolist(), captions(found.writes), strict=True))
+    document["samples"] = sample_rows(found.samples)
     output.show(
         document,
         *parts,
-        *([examples_of(found)] if document["samples"] else []),
+        *examples_of(found.samples, words, _EXAMPLES),
         f"{found.answers} answers of each checkpoint to {found.prompts} prompts. Change: of the mean activation a token, ± its 95 % interval "
         "over the prompts; effect: in standard deviations over prompts; "
         "beyond chance: q < 0.05.",
@@ -183,44 +188,6 @@ def table_of(title: str, rows: pd.DataFrame) -> RenderableType:
     return table(title, {**columns, "words": "left"}, cells, words="words", optional=["after", "before"])
 
 
-_EXAMPLES = 3
-_LONGEST_EXCERPT = 130
-_LONGEST = 5000
-
-
-def sample_rows(found: ModelDiff, longest: int = _LONGEST) -> list[dict[str, Any]]:
-    """The answers before and after, those first that changed most: prompt, change, before, after, with «» around marked words."""
-    from ..report.rollouts import mark_excerpt, pair_rollouts
-
-    if found.samples is None:
-        return []
-    reader = pair_rollouts(found.dictionary, list(found.samples.features), found.samples.rollouts)
-    return [
-        {
-            "prompt": pair.after.prompt,
-            "change": pair.change,
-            "before": mark_excerpt(pair.before, longest),
-            "after": mark_excerpt(pair.after, longest),
-        }
-        for pair in (reader.pairs if reader else ())
-        if pair.before and pair.after
-    ]
-
-
-def examples_of(found: ModelDiff) -> RenderableType:
-    """Short parts of the answers to the prompts where the two checkpoints differ most."""
-    rows: list[list[str] | None] = []
-    for row in sample_rows(found, _LONGEST_EXCERPT)[:_EXAMPLES]:
-        prompt = " ".join(row["prompt"].split())
-        rows += [None] if rows else []
-        rows += [["prompt", f"{'…' if len(prompt) > _LONGEST_EXCERPT else ''}{prompt[-_LONGEST_EXCERPT:]}"]]
-        rows += [[side, row[side] or "–"] for side in ("before", "after")]
-    features = [str(feature) for feature in found.samples.features] if found.samples else []
-    which = f"feature {features[0]}" if len(features) == 1 else f"one of the features {', '.join(features)}"
-    title = f"Where they differ most; «» where {which} is active"
-    return table(title, {"of": "left", "text": "left"}, rows, head=False)
-
-
 def _write(found: ModelDiff, output: str) -> None:
     from pathlib import Path
 
@@ -233,7 +200,7 @@ def _write(found: ModelDiff, output: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         found.writes.to_csv(target, index=False)
         found.reads.to_csv(target.with_name(f"{target.stem}-reads{target.suffix}"), index=False)
-        samples = pd.DataFrame(sample_rows(found), columns=["prompt", "change", "before", "after"])
+        samples = pd.DataFrame(sample_rows(found.samples), columns=["prompt", "change", "before", "after"])
         samples.to_csv(target.with_name(f"{target.stem}-samples{target.suffix}"), index=False)
     except OSError as error:
         raise AuditError(

@@ -119,6 +119,8 @@ class _Option:
         self.repeatable: bool = metadata.get("repeatable", False)
         self.names: list[str] = [f"--{declared.name}", *metadata.get("aliases", ())]
         usual = "|".join(self.choices) or _METAVARS.get(self.type, self.name.upper())
+        if self.name.endswith("_dir"):
+            usual = "DIR"
         self.metavar: str = metadata.get("metavar", usual)
         self.flag = self.metavar if self.positional else f"--{self.name}"
         self.help: str = metadata["help"]

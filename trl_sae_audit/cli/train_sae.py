@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Train a sparse autoencoder on the residual stream of a model on given texts, save it in sae-lens' format, and "
-    "check it on texts held out. Ends with an error if the SAE is dead, and keeps it in OUTPUT_DIR.failed then."
+    "check it on texts held out. Ends with an error if the SAE is dead, and keeps it in DIR.failed then."
 )
 EXAMPLE = """\
 trl-sae-audit train-sae --model ./model --dataset pairs.jsonl \\

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import Justify, table
 from ..errors import AuditError
+from .examples import examples_of, sample_rows
 from .options import DictionaryArguments, ModelArguments, OutputArguments, PreferenceArguments, options_of
 from .origins import ROWS_OF_A_RUN, known_options, origins
 from .parser import option
@@ -119,11 +120,16 @@ def run(
         save_verifications(verifications, arguments.output_dir, options, samples)
     scored = source.features() if isinstance(source, Audit) else source.features(name)
     words = dict(zip(scored["feature"].tolist(), captions(scored), strict=True))
-    document = {**about, "targets": {each.kind: each.to_dict() for each in verifications}}
+    document = {
+        **about,
+        "targets": {each.kind: each.to_dict() for each in verifications},
+        "samples": sample_rows(samples),
+    }
     of_the_run = not isinstance(source, Audit) and data.dataset == origins(arguments.source).get("dataset")
     output.show(
         document,
         *(part for each in verifications for part in (table_of(each), changes_of(each, words))),
+        *examples_of(samples, words, 1),
         EXPLANATION,
         *([TRAINED_ON] if of_the_run else []),
     )

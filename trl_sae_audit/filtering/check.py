@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _ENDS = ("", "_low", "_high")
 _COLUMNS = [f"{when}{end}" for when in ("before", "after") for end in _ENDS]
-_MOST = 10
+_MOST, _SHOWN = 10, 4
+_LONGEST = 32
+"""Characters of a feature's words in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class FilterCheck:
 
     Attributes:
         features: one row a feature, in the dictionary's order: feature, before and after, effect sizes as in
-            `Audit.features`, each with its 95 % interval (before_low, before_high, after_low, after_high).
+            `Audit.features`, each with its 95 % interval (before_low, before_high, after_low, after_high), and words.
         flags: that were filtered by.
         pairs: of the kept rows, on which the step was taken.
     """
@@ -74,7 +76,7 @@ class FilterCheck:
             "flags": self.flagged[[*columns, "label"]].to_dict("records"),
             "remaining": [flag.feature for flag in self.remaining],
             "others_moving": {when: self.moving(when) for when in ("before", "after")},
-            "risen": self.risen.head(_MOST)[columns].to_dict("records"),
+            "risen": self.risen.head(_MOST)[[*columns, "words"]].to_dict("records"),
             "risen_count": len(self.risen),
         }
 
@@ -104,14 +106,20 @@ def describe_check(found: dict[str, Any]) -> list[str]:
         f"Other features beyond their interval: {moving['before']} before, {moving['after']} after.",
     ]
     if found["risen_count"]:
-        shown = ", ".join(
-            f"{row['feature']} ({row['before']:+.2g} to {row['after']:+.2g})" for row in found["risen"][:5]
-        )
+        shown = ", ".join(map(_describe_risen, found["risen"][:_SHOWN]))
         lines.append(
-            f"Clearly stronger than before: {found['risen_count']} not flagged, first {shown}. Read them: pressure that is taken off one "
+            f"Clearly stronger than before: {found['risen_count']} not flagged{', first ' if found['risen_count'] > _SHOWN else ': '}{shown}. Read them: pressure that is taken off one "
             "feature may move to another."
         )
     return lines
+
+
+def _describe_risen(row: dict[str, Any]) -> str:
+    words = row.get("words") or ""
+    quoted = (
+        f" “{words if len(words) <= _LONGEST else words[: _LONGEST - 1].rstrip() + '…'}”" if words else ""
+    )
+    return f"{row['feature']}{quoted} ({row['before']:+.2g} to {row['after']:+.2g})"
 
 
 def predict_again(
@@ -135,9 +143,10 @@ def predict_again(
     if not pairs:
         return None
     before = audit.features().sort_values("feature", ignore_index=True)
-    table: dict[str, np.ndarray] = {"feature": before["feature"].to_numpy()}
+    table: dict[str, Any] = {"feature": before["feature"].to_numpy()}
     for end in _ENDS:
         table[f"before{end}"] = before[f"effect_size{end}"].to_numpy()
     for end in _ENDS:
         table[f"after{end}"] = found[f"effect_size{end}"]
+    table["words"] = before["words"].to_numpy()
     return FilterCheck(pd.DataFrame(table), tuple(flags), pairs)

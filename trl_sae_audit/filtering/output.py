@@ -104,7 +104,7 @@ def _dataset_card(config: Mapping[str, Any], summary: Mapping[str, Any], ending:
         _flag_row(flag, found) for flag, found in zip(summary["flags"], _predicted(summary), strict=True)
     )
     check = (
-        " ".join(describe_check(summary["check"]))
+        _cell(" ".join(describe_check(summary["check"])))
         if "check" in summary
         else "What is kept was not predicted again."
     )

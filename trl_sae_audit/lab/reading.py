@@ -105,6 +105,7 @@ def find_flags(audit: Audit, reader: FeatureReader, behaviour: str, by: str, top
                 reason=f"{by} {row[by]:+.3g}; active in “{'”, “'.join(reader.contexts(int(row['feature'])))}”",
                 direction="up" if row[by] > 0 else "down",
                 identity=audit.dictionary.identity,
+                words=str(row["words"]),
             )
             for row in table.to_dict("records")
             if reader.speaks_of(int(row["feature"]), behaviour)

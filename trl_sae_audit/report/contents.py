@@ -31,7 +31,7 @@ def name_sections(context: Mapping[str, Any]) -> dict[str, str]:
     if context["reader"]:
         found["rollouts"] = "What it writes, before and after"
     for name, title in (
-        ("topics", "In one topic otherwise than elsewhere"),
+        ("topics", "Where one topic differs"),
         ("families", "Features that go together"),
         ("filtered", "What the filter dropped, and why"),
         ("verified", "Did the scores predict what training did?"),

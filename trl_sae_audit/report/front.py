@@ -117,14 +117,14 @@ def build_front(
             strip_number(feature, sanitize_excerpt(label or labels.get(feature, ""), 80)),
             sanitize_excerpt(about.get(feature, "").split("; raises")[0], _WORDS),
             [
-                Bar(place, Whisker.between((-reach, reach), low, value, high), format_signed(scale(value), 2), clear)
+                Bar(place, Whisker.between((-reach, reach), low, value, high), format_signed(scale(value), 2, padded=True), clear)
                 for place, value, low, high, clear in bars
             ],
         )
         for feature, label, bars in values
     ]  # fmt: skip
     return Front(
-        _sum_up(sources, measures, frame, lead, {**about, **labels}),
+        _sum_up(sources, measures, frame, lead, about, labels),
         judge(sources, measures, compared),
         _TITLES[lead.name],
         f"{lead.heading}{' per step' if compared and lead.summed else ''}{scale.unit}",
@@ -180,6 +180,7 @@ def _sum_up(
     frame: pd.DataFrame,
     lead: Lead,
     about: Mapping[int, str],
+    labels: Mapping[int, str],
 ) -> str:
     """What the models do, where it was measured; else the first features beyond chance in each direction, in words."""
     for measure in sorted(measures, key=lambda each: not each.wanted):
@@ -189,7 +190,7 @@ def _sum_up(
     for sign, (name, text) in zip((1, -1), zip(("up", "down"), _MORE[lead.name], strict=True), strict=True):
         rows = frame[(sign * frame["lead_value"] > 0) & frame["lead_clear"]].head(2).to_dict("records")
         if rows:
-            parts.append(text.format(**{name: " and ".join(_quote(row, about) for row in rows)}))
+            parts.append(text.format(**{name: " and ".join(_quote(row, about, labels) for row in rows)}))
     if not parts:
         return "No feature's change can be told from chance."
     text = ", and ".join(parts)
@@ -198,11 +199,13 @@ def _sum_up(
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _quote(row: Mapping, about: Mapping[int, str]) -> str:
-    """“you are right” (feature 12): the label, else the first phrase of the words."""
-    feature, label = int(row["feature"]), str(row["label"])
+def _quote(row: Mapping, about: Mapping[int, str], labels: Mapping[int, str]) -> str:
+    """“agreement: you are right” (feature 12): the label, if there is one, and the first phrase of the words."""
+    feature = int(row["feature"])
+    label = strip_number(feature, str(row["label"]) or labels.get(feature, ""))
     phrase = about.get(feature, "").split("; raises")[0].split(" · ")[0]
-    return name_feature(feature, sanitize_excerpt(label or phrase, 60))
+    text = ": ".join(dict.fromkeys(filter(None, (sanitize_excerpt(label, 60), sanitize_excerpt(phrase, 60)))))
+    return f"“{text}” (feature {feature})" if text else name_feature(feature, "")
 
 
 def name_group(view: View, group: Group, about: Mapping[int, str]) -> str:

@@ -241,4 +241,5 @@ def _read_template(name: str) -> str:
 def _choose_title(sources: list[ReportSource]) -> str:
     if len(sources) > 1:
         return "Side by side: " + ", ".join(source.name for source in sources)
-    return f"What {sources[0].name} {'would teach' if sources[0].kind == 'audit' else 'taught'}"
+    name = sources[0].name
+    return f"What the data of {name} would teach" if sources[0].kind == "audit" else f"What {name} taught"

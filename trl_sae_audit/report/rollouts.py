@@ -11,6 +11,7 @@ from ..record.rollouts import BEFORE, Rollout
 from ..text import sanitize, sanitize_excerpt
 from .lead import known_leads, read_lead
 from .sources import View
+from .tables import strip_number
 
 _MOST_FEATURES = 6
 _LEAST = 0.25
@@ -148,7 +149,10 @@ def name_features(view: View, features: Sequence[int], about: Mapping[int, str])
     return [
         (
             feature,
-            sanitize_excerpt(labels.get(feature) or about.get(feature, "").split("; raises")[0], 60),
+            sanitize_excerpt(
+                strip_number(feature, labels.get(feature, "")) or about.get(feature, "").split("; raises")[0],
+                60,
+            ),
         )
         for feature in features
     ]

@@ -123,7 +123,7 @@ def _describe_push(source: ReportSource, view: View, about: Mapping[int, str], o
 def _describe_feature(row: pd.Series, about: Mapping[int, str]) -> str:
     feature = int(row["feature"])
     known = "" if row["label"] else about.get(feature, "").split(";")[0]
-    return name_feature(feature, row["label"]) + (f", {known}" if known else "")
+    return name_feature(feature, row["label"]) + (f", “{known}”" if known else "")
 
 
 def _describe_strength(row: pd.Series) -> str:
@@ -248,7 +248,7 @@ def describe_risen(
         return f"{text}; none clearly more than in {sources[0].name}."
     named = [
         name_feature(row.feature, row.label)
-        + (f", {about[row.feature].split(';')[0]}" if row.feature in about and not row.label else "")
+        + (f", “{about[row.feature].split(';')[0]}”" if row.feature in about and not row.label else "")
         for row in more[:5]
     ]
     rest = f" and {len(more) - 5} others" if len(more) > 5 else ""

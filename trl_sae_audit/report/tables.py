@@ -83,7 +83,8 @@ def build_head_table(source: ReportSource, view: View) -> HeadTable:
         )
         if name in frame and name != lead.name
     ]
-    columns += [("share", "share"), ("lift", "lift")]
+    if lead.name == "attribution":
+        columns += [("share", "share"), ("lift", "lift")]
     if lead.name == "attribution" and source.sides and {"positive", "negative"} <= set(frame):
         columns += [("positive", source.sides[0]), ("negative", source.sides[1])]
     if "length_correlation" in frame:
@@ -99,8 +100,8 @@ def build_head_table(source: ReportSource, view: View) -> HeadTable:
                 feature, sanitize_excerpt(values["label"] or (evidence.label if evidence else ""), 80)
             ),
             describe_feature(str(values["words"]), evidence),
-            Cell(format_signed(scale(values["lead_value"])), values["lead_value"]),
-            format_number(scale((values["lead_high"] - values["lead_low"]) / 2), 2),
+            Cell(format_signed(scale(values["lead_value"]), padded=True), values["lead_value"]),
+            format_number(scale((values["lead_high"] - values["lead_low"]) / 2), 2, padded=True),
             Whisker.on((-reach, reach), values["lead_value"], (values["lead_high"] - values["lead_low"]) / 2),
             [Cell(_format(name, values[name], loss_scale), values[name]) for name, _ in columns],
             Cell("–" if not math.isfinite(trend) else f"{_arrow(trend)} {format_signed(trend, 2)}", trend),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 
 
-def format_signed(value: float, digits: int = 3) -> str:
-    """`value` with its sign and a true minus; no sign for 0; "–" if it is not finite."""
-    return (
-        format_number(value, digits)
-        if not value > 0 or math.isinf(value)
-        else f"+{format_number(value, digits)}"
-    )
+def format_signed(value: float, digits: int = 3, *, padded: bool = False) -> str:
+    """`value` with its sign and a true minus; no sign for 0; "–" if it is not finite. `padded`: as in `format_number`."""
+    plus = "+" if value > 0 and not math.isinf(value) else ""
+    return plus + format_number(value, digits, padded=padded)
 
 
-def format_number(value: float, digits: int = 3) -> str:
-    """`value` with a true minus and no plus; "–" if it is not finite."""
-    return "–" if not math.isfinite(value) else f"{value:.{digits}g}".replace("-", "−")
+def format_number(value: float, digits: int = 3, *, padded: bool = False) -> str:
+    """`value` with a true minus and no plus; "–" if it is not finite. `padded`: all digits, zeros at the end too, as in a column."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:#.{digits}g}".rstrip(".") if padded and value else f"{value:.{digits}g}"
+    return text.replace("-", "−")
 
 
 def format_probability(value: float) -> str:

@@ -49,6 +49,11 @@ class Topic:
     total: int
     cells: list[Cell]
 
+    @property
+    def is_named_by_words(self) -> bool:
+        """Whether the words say nothing that the name does not, as of clusters."""
+        return self.words in ("", self.name)
+
 
 @dataclass(frozen=True)
 class TopicSection:
@@ -86,10 +91,10 @@ def read_topic_section(source: ReportSource) -> TopicSection | None:
     ]
     features = beyond["feature"].nunique()
     sentence = (
-        f"{format_count(features, 'feature')} {'is' if features == 1 else 'are'} preferred otherwise in some topic than in the others, "
+        f"{format_count(features, 'feature')} {'is' if features == 1 else 'are'} preferred differently in one topic than in the others, "
         f"beyond chance (q < {SIGNIFICANT:g} over {len(cells):,} topics and features)."
         if features
-        else f"No feature is preferred otherwise in one of {len(topics)} topics than in the others, beyond chance."
+        else f"No feature is preferred differently in one of {len(topics)} topics than in the others, beyond chance."
     )
     return TopicSection(sentence, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,13 @@ PHRASES = 3
 _LONGEST = 6  # words of a phrase
 _NEAR = 80  # characters on either side of a place that are looked at
 _LEAST = 3  # words of a phrase that only one context has
-_WORD = re.compile(r"<\|?[\w/]+\|?>|[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s<]+|<|_+")
+_WORD = re.compile(r"<[|｜]?[\w/▁]+[|｜]?>|[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s<]+|<|_+")
+
+_SPECIAL = re.compile(
+    r"<[|｜][^\s<>]+[|｜]>|</?s>|</?(?:bos|eos|pad|unk|sep|cls|(?:start|end)_of_(?:turn|text))>",
+    re.IGNORECASE,
+)
+"""Tokens that no one wrote: the end of an answer, of a turn."""
 
 Context = tuple[str, str, str]
 """Text before the place, at it, after it."""
@@ -82,7 +89,10 @@ def _key(phrase: str) -> str:
 
 
 def _split(before: str, at: str, after: str) -> tuple[list[str], int]:
-    """The words of a context, each with the space before it, and which of them has the place."""
+    """The words of a context, each with the space before it, and which of them has the place.
+
+    Special tokens are no words: where the place is at one, the word before it has it, unless there are no others.
+    """
     text = before + at + after
     mark = len(before) + len(at) - len(at.lstrip()) if at.strip() else max(0, len(before) - 1)
     spans = [match.span() for match in _WORD.finditer(text)]
@@ -90,7 +100,11 @@ def _split(before: str, at: str, after: str) -> tuple[list[str], int]:
         return [], 0
     place = next((n for n, (_, end) in enumerate(spans) if end > mark), len(spans) - 1)
     starts = [0, *(end for _, end in spans)]
-    return [text[start:end] for start, (_, end) in zip(starts, spans, strict=False)], place
+    tokens = [text[start:end] for start, (_, end) in zip(starts, spans, strict=False)]
+    written = [n for n, token in enumerate(tokens) if not _SPECIAL.fullmatch(token.strip())]
+    if not written:
+        return tokens, place
+    return [tokens[n] for n in written], max(0, bisect_right(written, place) - 1)
 
 
 def _phrase(group: Sequence[tuple[list[str], int]]) -> str:

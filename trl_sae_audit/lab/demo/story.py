@@ -65,8 +65,8 @@ def _audit_preferences(loop: Loop, narrator: Narrator) -> None:
         (
             [
                 str(row["feature"]),
-                f"{row['effect_size']:+.2g}",
-                f"{row['effect_size_low']:+.2g} to {row['effect_size_high']:+.2g}",
+                f"{row['effect_size']:+#.2g}",
+                f"{row['effect_size_low']:+#.2g} to {row['effect_size_high']:+#.2g}",
                 _cut(row["words"]),
             ]
             for row in rows.to_dict("records")
@@ -137,8 +137,8 @@ def _train_again(loop: Loop, narrator: Narrator) -> None:
                 [
                     str(int(row["feature"])),
                     "yes" if row["feature"] in flagged else "",
-                    f"{row['measured']:+.2g}",
-                    f"{NORMAL_QUANTILE * row['standard_error']:.2g}",
+                    f"{row['measured']:+#.2g}",
+                    f"{NORMAL_QUANTILE * row['standard_error']:#.2g}",
                     _cut(words[int(row["feature"])]),
                 ]
                 for row in rows.to_dict("records")
