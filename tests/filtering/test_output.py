@@ -53,6 +53,10 @@ def test_lines_that_stay_are_the_input_lines(tmp_path, audit, data):
 def test_the_card_replays_it(tmp_path, audit, data):
     out = filter_preferences(data, audit, FLAGS, budget=0.2, seed=5).save(tmp_path / "out")
     card = (out / "README.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert " | words | " in rows[0]
+    assert len(rows) == 2 + len(FLAGS)
+    assert {row.count(" | ") for row in (rows[0], *rows[2:])} == {9}
     assert "filter --config THIS_DIRECTORY --output_dir AGAIN" in card
     assert "24 are kept and 6 dropped" in card
     assert load_from_disk(out / "kept").num_rows == 24

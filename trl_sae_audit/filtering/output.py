@@ -84,7 +84,7 @@ def _predicted(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _flag_row(flag: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    cells = [_cell(flag["dictionary"]), str(flag["feature"]), _cell(flag["label"])]
+    cells = [_cell(flag["dictionary"]), str(flag["feature"]), _cell(flag["label"]), _cell(flag["words"])]
     for when in ("before", "after"):
         cells.append(
             f"{found[when]:+.2g} [{found[f'{when}_low']:+.2g}, {found[f'{when}_high']:+.2g}]"
@@ -128,8 +128,8 @@ Of {summary["rows"]} rows {summary["kept"]} are kept and {summary["dropped"]} dr
 are flipped, {summary["weighted"]} weighted down and {summary["repeated"]} repeated. `dropped{ending}` has the dropped rows with each one's number, its score
 and the reason; `decisions.parquet` what was decided about every row.
 
-| dictionary | feature | label | effect size before | after | disparity before | after | attribution before | after |
-|---|---|---|---|---|---|---|---|---|
+| dictionary | feature | label | words | effect size before | after | disparity before | after | attribution before | after |
+|---|---|---|---|---|---|---|---|---|---|
 {flags}
 
 {check}
