@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import IntervalStrategy
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord, load_dictionary
+from trl_sae_audit.callbacks.probe import Probe
+from trl_sae_audit.models.hook_points import resolve_hook_point
 
 pytestmark = pytest.mark.newest
 
@@ -213,6 +215,53 @@ def test_drift_is_the_change_of_mean_activation(tmp_path: Path) -> None:
     assert drift["step"].tolist() == [0, 0, 2, 2, 4, 4]
     np.testing.assert_allclose(drift["activation"][:2], before, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(drift["drift"][4:], after - before, rtol=1e-3, atol=1e-6)
+
+
+def test_the_probe_leaves_attention_sinks_out() -> None:
+    tokenizer, dictionary = make_tokenizer(), make_dictionary()
+    model = make_model(tokenizer).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("w30")] *= 100
+    probe = Probe.from_texts(["w30 w3 w30 w5 w6", "w7 w8"], tokenizer)
+    features = torch.tensor([1, 2])
+    found = probe.mean_activations(resolve_hook_point(model, HOOK_POINT), dictionary, features)
+    with torch.no_grad():
+        first = model(**tokenizer("w30 w3 w30 w5 w6", return_tensors="pt"), output_hidden_states=True)
+        second = model(**tokenizer("w7 w8", return_tensors="pt"), output_hidden_states=True)
+    tokens = torch.cat([first.hidden_states[2][0, [1, 3, 4]], second.hidden_states[2][0, 1:]])
+    torch.testing.assert_close(found, dictionary.encode(tokens)[:, features].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def run_with_fit(directory: Path, dictionaries: Any) -> RunRecord:
+    trainer = dpo(directory, logging_steps=1)
+    trainer.add_callback(FeatureAttributionCallback(dictionaries, directory / "record"))
+    trainer.train()
+    return RunRecord.load(directory / "record")
+
+
+def test_a_run_whose_own_tokens_the_dictionary_does_not_explain_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both dictionaries are as fitting as the measured token FVU says; random directions explain too little."""
+    good = load_dictionary(complete_sae(), hook_point=HOOK_POINT, name="complete")
+    with caplog.at_level("WARNING", "trl_sae_audit"):
+        record = run_with_fit(tmp_path, [topk_dictionary("random"), good])
+    by_name = record.table("health").groupby("dictionary")["token_fvu"]
+    assert by_name.get_group("random").min() > 0.5
+    assert by_name.get_group("complete").max() < 0.5
+    said = [entry.getMessage() for entry in caplog.records if "unexplained" in entry.getMessage()]
+    assert len(said) == 1  # three logs
+    first = by_name.get_group("random").iloc[0]
+    assert said[0].startswith(f"Dictionary 'random' leaves {100 * first:.0f} % of this run's average token")
+    assert f"sae/token_fvu {first:.2f}, limit 0.50" in said[0]
+
+
+def complete_sae() -> TopKSAE:
+    """One that rebuilds every hidden state: a feature for each axis and sign, as many active as there are axes."""
+    sae = TopKSAE(TopKSAEConfig(d_in=D_MODEL, d_sae=2 * D_MODEL, k=D_MODEL))
+    both = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
+    sae.W_dec.data, sae.W_enc.data = both, both.T.contiguous()
+    return sae
 
 
 def test_health_is_measured_on_the_runs_own_tokens(tmp_path: Path) -> None:

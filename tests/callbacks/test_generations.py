@@ -61,8 +61,13 @@ def test_nothing_has_moved_at_the_start(trainer: Trainer) -> None:
     assert not look.drifts["tiny"].change.any()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_look_agrees_with_the_formula_on_plain_forward_passes(trainer: Trainer, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "sinks"), [(1.0, False), (0.7, False), (1.0, True)])
+def test_a_look_agrees_with_the_formula_on_plain_forward_passes(
+    trainer: Trainer, temperature: float, sinks: bool
+) -> None:
+    if sinks:
+        with torch.no_grad():
+            trainer.model.get_input_embeddings().weight[10:20] *= 100
     tables: dict[str, Any] = {}
     sampling = Sampling(answers=3, max_new_tokens=6, temperature=temperature)
     generations = watched(trainer, sampling, append=tables.__setitem__)
@@ -74,7 +79,7 @@ def test_a_look_agrees_with_the_formula_on_plain_forward_passes(trainer: Trainer
     look = generations.measure()
     assert look is not None
 
-    ratios, active = [], []
+    ratios, active, found = [], [], 0
     dictionary = make_dictionary()
     point = resolve_hook_point(start, dictionary.hook_point)
     captured: list[torch.Tensor] = []
@@ -92,7 +97,11 @@ def test_a_look_agrees_with_the_formula_on_plain_forward_passes(trainer: Trainer
             )
         np.testing.assert_allclose(before, row["log_prob"], atol=1e-5)
         ratios.append((now - before).numpy())
-        active.append(dictionary.encode(captured[-1][0, first:]).numpy())
+        norms = captured[-1][0, first:].norm(dim=-1).numpy()
+        huge = norms > 10 * np.sort(norms)[(len(norms) - 1) // 2]
+        active.append(np.where(huge[:, None], 0.0, dictionary.encode(captured[-1][0, first:]).numpy()))
+        found += huge.sum()
+    assert bool(found) == sinks  # nothing is active at an attention sink
     layout = generations._layout
     weights = 1 + weigh_tokens(np.concatenate(ratios), layout).excess
     dense = np.concatenate(active)

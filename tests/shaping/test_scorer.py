@@ -53,6 +53,35 @@ def test_scores_equal_the_whole_forward_pass(pooling: str, batch_size: int) -> N
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "last"])
+def test_attention_sinks_are_left_out_unless_asked_for(pooling: str, tmp_path: Path) -> None:
+    tokenizer, dictionary = make_tokenizer(), make_dictionary()
+    model = make_model(tokenizer)
+    sink = tokenizer.convert_tokens_to_ids("w30")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[sink] *= 100
+    prompt, response = "w1 w2 ", "w3 w30 w5 w6 w30"
+    ids = tokenizer(prompt + response, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        hidden = model.eval()(ids, output_hidden_states=True).hidden_states[2][0, 2:]
+    norms = hidden.norm(dim=-1)
+    assert (norms > 10 * norms.sort().values[2]).tolist() == [False, True, False, False, True]
+    pool: dict[str, Any] = {"mean": lambda a: a.mean(0), "max": lambda a: a.amax(0), "last": lambda a: a[-1]}
+    without, with_them = (
+        FeatureScorer(model, tokenizer, dictionary, pooling=pooling),
+        FeatureScorer(model, tokenizer, dictionary, pooling=pooling, attention_sinks=True),
+    )
+    for scorer, rows in ((without, [0, 2, 3]), (with_them, [0, 1, 2, 3, 4])):
+        expected = pool[pooling](hidden[rows] @ dictionary.directions.T)[FEATURES]
+        torch.testing.assert_close(
+            scorer.score([prompt], [response], FEATURES)[0], expected, rtol=1e-4, atol=1e-4
+        )
+    assert (without.sinks, with_them.sinks) == (2, 0)
+    without.calibrate(RESPONSES).save(tmp_path / "calibration")
+    with pytest.raises(AuditError, match="attention_sinks=False, and this scorer has attention_sinks=True"):
+        with_them.load(tmp_path / "calibration")
+
+
 def test_the_forward_pass_stops_at_the_hook_point() -> None:
     model = make_model(make_tokenizer())
     scorer = FeatureScorer(model, make_tokenizer(), make_dictionary())

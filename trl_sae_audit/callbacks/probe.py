@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..attribution.feature_tracker import FeatureTracker
 from ..attribution.step_tables import Columns
 from ..errors import AuditError
+from ..models.attention_sinks import find_attention_sinks
 from ..models.batches import pad
 from ..models.hook_points import HookPoint
 from ..models.residual_stream import Forward, hidden_states
@@ -61,13 +62,14 @@ class Probe:
         features: Tensor,
         forward: Forward | None = None,
     ) -> Tensor:
-        """Mean activation of `features` over the probe's tokens but the first of each row: [len(features)].
+        """Mean activation of `features` over the probe's tokens but the first of each row and attention sinks: [len(features)].
 
         Runs the decoder in evaluation mode up to the hook point, or `forward`, and leaves every module's mode as it was.
         """
         hidden = hidden_states(point, self.batch, forward)
         mask = self.batch["attention_mask"].to(hidden.device).bool()
-        tokens = hidden[mask & (mask.cumsum(1) > 1)]
+        counted = mask & (mask.cumsum(1) > 1)
+        tokens = hidden[counted & ~find_attention_sinks(hidden, counted)]
         parts = tokens.split(dictionary.tokens_at_once)
         sums = [dictionary.encode(part)[:, features].sum(0) for part in parts]
         return torch.stack(sums).sum(0) / len(tokens)

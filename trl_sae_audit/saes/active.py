@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.attention_sinks import find_attention_sinks
 from ..models.hook_points import HookPoint
 from ..models.response_states import PrefixCachedReader, Row
 from .dictionary import FeatureDictionary
@@ -30,22 +31,27 @@ def read_active(
 ) -> Iterator[tuple[int, Active]]:
     """Number of each row and the features that are active at its answer's tokens, in an order of the reader's own.
 
+    At an attention sink (a token of more than ten times the median norm of its answer's) no feature counts as active.
+
     Args:
         point: where the dictionary reads, its model in any mode.
         dictionary: on the model's device.
         rows: token ids of prompt and answer.
     """
     for states in answer_reader(point).read(rows, first=True):
-        active = find_active(dictionary, states.hidden[states.of_response.to(states.hidden.device)])
+        answers = states.of_response.to(states.hidden.device)
+        sinks = find_attention_sinks(states.hidden, answers)
+        active = find_active(dictionary, states.hidden[answers], sinks[answers])
         ends = np.cumsum([len(rows[place][1]) for place in states.rows])
         yield from zip(states.rows, _split(active, ends), strict=True)
 
 
-def find_active(dictionary: FeatureDictionary, tokens: Tensor) -> Active:
-    """The features that are active at tokens [n, d_model]."""
+def find_active(dictionary: FeatureDictionary, tokens: Tensor, silent: Tensor) -> Active:
+    """The features that are active at tokens [n, d_model], none where `silent` [n]."""
     parts = []
-    for part in tokens.split(dictionary.tokens_at_once):
-        activations = dictionary.encode(part)
+    width = dictionary.tokens_at_once
+    for part, none in zip(tokens.split(width), silent.split(width), strict=True):
+        activations = dictionary.encode(part).masked_fill(none[:, None], 0.0)
         counts = (activations != 0).sum(1)
         places = activations.nonzero(as_tuple=True)
         parts.append((counts, places[1], activations[places]))

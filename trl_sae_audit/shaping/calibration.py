@@ -20,12 +20,13 @@ from ..io.tables import load_checked, save_checked
 class _Description:
     identity: str
     pooling: str
+    attention_sinks: bool
     calibration_size: NonNegativeInt
 
 
 def write_calibration(path: Path, state: Mapping[str, Any]) -> None:
     """A scorer's `state_dict` as safetensors."""
-    about = {name: state[name] for name in ("identity", "pooling", "calibration_size")}
+    about = {name: state[name] for name in ("identity", "pooling", "attention_sinks", "calibration_size")}
     arrays = {name: state[name].cpu().numpy() for name in ("mean", "deviation") if state[name] is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ..errors import AuditError
+from ..models.attention_sinks import find_attention_sinks
 from ..models.response_states import PrefixCachedReader, Row
 from ..models.token_ids import Ids, Text, tokenize_pairs
 from ..models.tokenizers import Processing, text_tokenizer
@@ -34,7 +35,8 @@ class FeatureScorer:
         s_f = (pool_t a_f[t] − mean_f) / sd_f
 
     with mean and standard deviation over the calibration responses. The first token of a row, special tokens and
-    padding never count. A response of no counted token gets the mean, 0 as a z-score, so that saying nothing is
+    padding never count, nor do attention sinks: tokens of more than ten times the median norm of their response's. A response of
+    no counted token gets the mean, 0 as a z-score, so that saying nothing is
     neither punished nor rewarded. Scores are kept by content, so no response is read twice.
 
     Args:
@@ -46,6 +48,10 @@ class FeatureScorer:
         batch_size: rows per forward pass.
         max_length: tokens of a row; longer ones lose their beginning, which is the prompt's.
         cache_size: scored responses remembered; the least recently used go first.
+        attention_sinks: count attention sinks too, on which a feature is active as on no other token.
+
+    Attributes:
+        sinks: how many attention sinks were left out so far.
 
     Raises:
         AuditError: the dictionary does not fit the model, or the tokenizer does not.
@@ -69,6 +75,7 @@ class FeatureScorer:
         batch_size: int = 16,
         max_length: int = 2048,
         cache_size: int = 65536,
+        attention_sinks: bool = False,
     ) -> None:
         if pooling not in POOLINGS:
             raise AuditError(f"Pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}.")
@@ -83,6 +90,8 @@ class FeatureScorer:
         self.dictionary = dictionary
         self.pooling = pooling
         self.cache_size = cache_size
+        self.attention_sinks = attention_sinks
+        self.sinks = 0
         check_whole(model)
         self.point = check_dictionary(dictionary, model)
         self.tokenizer = text_tokenizer(tokenizer, self.point.decoder)
@@ -152,6 +161,9 @@ class FeatureScorer:
     def pool(self, hidden: Tensor, counted: Tensor, features: Tensor | None = None) -> Tensor:
         """Raw scores from hidden states that someone else has computed; see `pooling.pool_activations`."""
         self.dictionary = self.dictionary.to(hidden.device)
+        if not self.attention_sinks:
+            sinks = find_attention_sinks(hidden, counted)
+            self.sinks, counted = self.sinks + int(sinks.sum()), counted & ~sinks
         return pool_activations(self.dictionary, hidden, counted, self.pooling, features)
 
     def standardise(self, raw: Tensor, features: Sequence[int]) -> Tensor:
@@ -220,6 +232,7 @@ class FeatureScorer:
         return {
             "identity": self.dictionary.identity,
             "pooling": self.pooling,
+            "attention_sinks": self.attention_sinks,
             "calibration_size": self.calibration_size,
             "mean": self.mean,
             "deviation": self.deviation,
@@ -229,7 +242,7 @@ class FeatureScorer:
         """Take over a calibration.
 
         Raises:
-            AuditError: of another dictionary or another pooling.
+            AuditError: of another dictionary or another pooling, or made with attention sinks and this without them.
         """
         if state["identity"] != self.dictionary.identity:
             raise AuditError(
@@ -240,6 +253,11 @@ class FeatureScorer:
             raise AuditError(
                 f"The calibration was made with pooling {state['pooling']!r}, and this scorer pools by "
                 f"{self.pooling!r}; pass pooling={state['pooling']!r} or calibrate again."
+            )
+        if state["attention_sinks"] != self.attention_sinks:
+            raise AuditError(
+                f"The calibration was made with attention_sinks={state['attention_sinks']}, and this scorer has "
+                f"attention_sinks={self.attention_sinks}; pass the calibration's, or calibrate again."
             )
         for name in ("mean", "deviation"):
             if state[name] is not None and state[name].shape != (self.dictionary.d_sae,):

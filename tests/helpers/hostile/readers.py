@@ -192,7 +192,7 @@ def _calibration(directory: Path) -> Path:
 
 
 def _write_calibration(directory: Path) -> None:
-    state = {"identity": "0" * 64, "pooling": "max", "calibration_size": 7}
+    state = {"identity": "0" * 64, "pooling": "max", "attention_sinks": False, "calibration_size": 7}
     write_calibration(_calibration(directory), {**state, "mean": torch.ones(F), "deviation": torch.ones(F)})
 
 
