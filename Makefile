@@ -1,8 +1,8 @@
 # make demo   the whole loop on a small model, with a report to look at
 # make docs   the documentation as a site, in site/
-# make test   every check, with the newest TRL and with the last one that has PPO
+# make test   every check, with the newest TRL, with the last one that has PPO, and some with the oldest versions
 # make package   wheel and sdist in dist/, checked, and the wheel tried in an environment with nothing else
-# All set up what they need, in .venv and .venv-ppo; PYTHON=python3.12 chooses another Python.
+# All set up what they need, in .venv, .venv-ppo and .venv-oldest; PYTHON=python3.12 chooses another Python.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -10,7 +10,10 @@ PINS := pyproject.toml constraints-base.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo docs test test-newest test-ppo browser lint package clean
+# what must be right before anything else: every trainer's scores, and that its weights are not touched
+OLDEST := tests/trainers/test_exact_dpo.py tests/trainers/test_exact_trainers.py tests/callbacks/test_harmless.py
+
+.PHONY: demo docs test test-newest test-ppo test-oldest browser lint package clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -21,9 +24,9 @@ docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 # one thread a worker
-test-newest test-ppo: export OMP_NUM_THREADS ?= 1
+test-newest test-ppo test-oldest: export OMP_NUM_THREADS ?= 1
 
-test: lint package test-newest test-ppo
+test: lint package test-newest test-ppo test-oldest
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check
@@ -36,6 +39,10 @@ test-newest: .venv/.installed-dev browser
 
 test-ppo: .venv-ppo/.installed-dev
 	.venv-ppo/bin/python -m pytest -n $(WORKERS)
+
+# with these versions the callback refuses a compiled model
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) $(OLDEST) -k "not compiled"
 
 # The report's tests drive a Chromium. Where there is none and apt-get may be used it is installed; elsewhere they are
 # skipped, and pytest's summary says how to get one.
@@ -72,5 +79,11 @@ package: .venv/.installed-dev
 	.venv-ppo/bin/pip install --quiet --editable '.[dev,ppo]' --constraint constraints-ppo.txt
 	touch $@
 
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch --constraint constraints-oldest.txt
+	.venv-oldest/bin/pip install --quiet --editable . pytest pytest-xdist --constraint constraints-oldest.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-ppo .venv-package build dist runs site
+	rm -rf .venv .venv-ppo .venv-oldest .venv-package build dist runs site

@@ -3,6 +3,8 @@
 Two environments run the tests: one with the newest TRL, one with the last that has PPO. A test marked `ppo` or
 `newest` belongs to one of them and is deselected, not skipped, in the other. What is not marked runs in both where its folder
 is in WITH_TRL, and otherwise in the first alone.
+
+A third, with the oldest versions, runs the files that the Makefile names.
 """
 
 from __future__ import annotations

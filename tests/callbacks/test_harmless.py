@@ -14,8 +14,6 @@ from transformers import TrainerCallback
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord, Sampling
 
-pytestmark = pytest.mark.newest
-
 
 class Looking(TrainerCallback):
     """Calls a function at the end of every step."""
@@ -66,6 +64,7 @@ def test_weights_are_bit_identical(name: str, tmp_path: Path) -> None:
     assert record.features()["selection"].abs().sum() > 0
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("event", ["on_substep_end", "on_optimizer_step", "on_step_end", "on_log"])
 def test_nothing_is_left_after_an_exception(event: str, tmp_path: Path) -> None:
     trainer = dpo(tmp_path)
@@ -77,6 +76,7 @@ def test_nothing_is_left_after_an_exception(event: str, tmp_path: Path) -> None:
     assert RunRecord.load(tmp_path / "record").status == "failed"
 
 
+@pytest.mark.newest
 def test_nothing_is_left_after_an_exception_inside_the_loss(tmp_path: Path) -> None:
     trainer: Any = dpo(tmp_path)
     failing = failing_at(3, trainer.compute_loss)
@@ -89,6 +89,7 @@ def test_nothing_is_left_after_an_exception_inside_the_loss(tmp_path: Path) -> N
     assert nothing_left(trainer)
 
 
+@pytest.mark.newest
 def test_a_trainer_can_train_again_after_a_failure(tmp_path: Path) -> None:
     trainer = dpo(tmp_path)
     failing = FailingOnce("on_step_end")

@@ -90,6 +90,14 @@ class Reference:
         }
 
 
+def divided_by_accelerate(trainer: Trainer) -> int:
+    """By what accelerate divides every loss, after the trainer has divided it by the number of micro-batches.
+
+    1 in later versions; transformers 5.3 tells accelerate of the accumulation, so that a gradient is divided by its steps twice.
+    """
+    return trainer.accelerator.gradient_accumulation_steps
+
+
 def row_gradients(model: nn.Module, hook_point: str, rows: int, loss: Callable[[], Tensor]) -> Tensor:
     """∂ loss / ∂ (a zero vector added to the hook point's output, one per row): [rows, d_model], float64."""
     layer = next(module for name, module in model.named_modules() if name.endswith(hook_point))

@@ -29,6 +29,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from helpers.worlds import (
     labelled,
@@ -39,6 +40,7 @@ from helpers.worlds import (
     prompts,
     reward_by_length,
     texts,
+    triples,
 )
 
 Build = Callable[..., Trainer]
@@ -115,6 +117,8 @@ KINDS = {
 LESS_COMMON = {
     "CPO": Kind(CPOTrainer, CPOConfig, pairs, CUT),
     "ORPO": Kind(ORPOTrainer, ORPOConfig, pairs, CUT),
+    "TPO": Kind(TPOTrainer, TPOConfig, triples, CUT),
+    "TPO without its reference": Kind(TPOTrainer, TPOConfig, triples, CUT | {"tpo_alpha": 0.0}),
     "GMPO": Kind(GMPOTrainer, GMPOConfig, prompts, SAMPLED, rewarded=True),
 }
 """Of `trl.experimental`, for which the tests of the loss suffice."""

@@ -166,6 +166,12 @@ def pairs(n: int, seed: int = 0, *, padded: bool = True) -> Dataset:
     )
 
 
+def triples(n: int, seed: int = 0) -> Dataset:
+    """Pairs with a third answer, TPO's `reference`."""
+    rng = random.Random(seed + 1)
+    return pairs(n, seed).map(lambda _: {"reference": words(rng, 2, 6)})
+
+
 def prompts(n: int, seed: int = 0) -> Dataset:
     rng = random.Random(seed)
     return Dataset.from_list([{"prompt": words(rng, 2, 6)} for _ in range(n)])

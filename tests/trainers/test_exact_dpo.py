@@ -13,6 +13,7 @@ import torch
 from helpers.reference import (
     Reference,
     StepRecorder,
+    divided_by_accelerate,
     dpo_loss,
     recorded,
     relative_error,
@@ -91,7 +92,7 @@ def test_scores_equal_float64_autograd(name: str, tmp_path: Path) -> None:
     policy, reference_model = (model.double() for model in _models(tokenizer, case))
     assert len(recorder.steps) == (2 if "gradient_accumulation_steps" in case.arguments else 5)
     for step, microbatches in enumerate(recorder.steps, start=1):
-        expected = _reference(policy, reference_model, microbatches)
+        expected = _reference(policy, reference_model, microbatches, divided_by_accelerate(trainer))
         for column, values in expected.scores(dictionary).items():
             error = relative_error(recorded(steps, step, column), values)
             assert error <= case.tolerance, (step, column, error)
@@ -133,7 +134,10 @@ def test_the_cut_into_microbatches_does_not_matter(tmp_path: Path) -> None:
         )
         trainer.train()
         steps = RunRecord.load(tmp_path / f"record{size}").steps()
-        attribution[size] = {name: recorded(steps, 1, name) for name in ("attribution", "standard_error")}
+        attribution[size] = {
+            name: recorded(steps, 1, name) * divided_by_accelerate(trainer)
+            for name in ("attribution", "standard_error")
+        }
     for size in (2, 1):
         for name, values in attribution[size].items():
             assert relative_error(values, attribution[6][name]) <= 1e-5
@@ -159,8 +163,8 @@ def _arguments(tmp_path: Path, **overrides: Any) -> DPOConfig:
     )
 
 
-def _reference(policy: Any, reference_model: Any, microbatches: list[Any]) -> Reference:
-    reference = Reference()
+def _reference(policy: Any, reference_model: Any, microbatches: list[Any], divisor: int) -> Reference:
+    reference, divisor = Reference(), divisor * len(microbatches)
     for inputs, _ in microbatches:
         with torch.no_grad():
             logps = sequence_logps(reference_model, inputs)
@@ -168,7 +172,7 @@ def _reference(policy: Any, reference_model: Any, microbatches: list[Any]) -> Re
             policy,
             HOOK_POINT,
             len(inputs["input_ids"]),
-            lambda inputs=inputs, logps=logps: dpo_loss(policy, logps, inputs, BETA) / len(microbatches),
+            lambda inputs=inputs, logps=logps: dpo_loss(policy, logps, inputs, BETA) / divisor,
         )
         half = len(rows) // 2
         reference.rows.append(rows)

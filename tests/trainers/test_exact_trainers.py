@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers.reference import (
     Reference,
     StepRecorder,
+    divided_by_accelerate,
     record_online_dpo,
     recorded,
     relative_error,
@@ -48,10 +49,14 @@ def test_scores_equal_float64_autograd(name: str, tmp_path: Path) -> None:
     for step, microbatches in enumerate(recorder.steps, start=1):
         assert len(microbatches) == 2
         expected = _reference(name, double, microbatches)
-        _compare(steps, step, expected.scores(dictionary), with_sides=name != "SFT")
+        _compare(
+            steps, step, expected.scores(dictionary), with_sides=name != "SFT", all_have_one=name != "TPO"
+        )
 
 
-def _compare(steps: Any, step: int, scores: dict[str, Any], *, with_sides: bool) -> None:
+def _compare(
+    steps: Any, step: int, scores: dict[str, Any], *, with_sides: bool, all_have_one: bool = True
+) -> None:
     for column, values in scores.items():
         if column in ("positive", "negative") and not with_sides:
             assert not recorded(steps, step, column).any()
@@ -61,13 +66,16 @@ def _compare(steps: Any, step: int, scores: dict[str, Any], *, with_sides: bool)
     if with_sides:
         assert abs(scores["positive"]).max() > 0
         assert abs(scores["negative"]).max() > 0
+    if with_sides and all_have_one:
         parts = scores["positive"] + scores["negative"]
         assert relative_error(parts, scores["attribution"]) <= 1e-5
 
 
 def _reference(name: str, trainer: Trainer, microbatches: list[Any]) -> Reference:
     reference = Reference()
-    scale = 1 if name in SCALED_BY_THE_LOSS else len(microbatches)
+    scale = divided_by_accelerate(trainer)
+    if name not in SCALED_BY_THE_LOSS:
+        scale *= len(microbatches)
     trainer.current_gradient_accumulation_steps = len(microbatches)
     for inputs, kwargs in microbatches:
         doubled = {key: to_double(value) for key, value in inputs.items()}
@@ -98,6 +106,9 @@ def _rows(inputs: dict[str, Any]) -> int:
 def _sides(name: str, inputs: dict[str, Any], rows: int) -> torch.Tensor | None:
     if name in PAIRED:
         return torch.tensor([1.0] * (rows // 2) + [-1.0] * (rows // 2))
+    if name.startswith("TPO"):
+        sides = [1.0, -1.0, 0.0] if name == "TPO" else [1.0, -1.0]
+        return torch.tensor(sides).repeat_interleave(rows // len(sides))
     if name == "KTO":
         return torch.tensor([1.0 if label else -1.0 for label in inputs["label"]])
     if name in ("GRPO", "RLOO", "GMPO"):
@@ -126,13 +137,13 @@ def test_online_dpo(tmp_path: Path) -> None:
             sides = torch.cat([first_better, ~first_better]).double() * 2 - 1
 
             def loss(batch: Any = batch, sides: torch.Tensor = sides, n: int = n) -> torch.Tensor:
-                """Not divided by the number of micro-batches: OnlineDPO does not do so either."""
+                """Not divided by the number of micro-batches: OnlineDPO does not do so itself."""
                 mask = batch[3]
                 with torch.no_grad():
                     reference_logps = (double._forward(double.ref_model, *batch) * mask).sum(1)
                 ratios = (double._forward(double.model, *batch) * mask).sum(1) - reference_logps
                 margin = (ratios * sides)[:n] + (ratios * sides)[n:]
-                return -F.logsigmoid(0.5 * margin).mean()
+                return -F.logsigmoid(0.5 * margin).mean() / divided_by_accelerate(double)
 
             rows = row_gradients(double.model, HOOK_POINT, 2 * n, loss)
             reference.rows.append(rows)

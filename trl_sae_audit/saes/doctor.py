@@ -133,7 +133,7 @@ def trainer_support() -> tuple[TrainerSupport, ...]:
     """Which of the trainers this package reads the installed TRL has."""
     stable = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "RewardTrainer", "SFTTrainer")
     places = dict.fromkeys(stable, "trl")
-    experimental = {"OnlineDPO": "online_dpo", "CPO": "cpo", "ORPO": "orpo", "PPO": "ppo"}
+    experimental = {"OnlineDPO": "online_dpo", "CPO": "cpo", "ORPO": "orpo", "TPO": "tpo", "PPO": "ppo"}
     places |= {f"{name}Trainer": f"trl.experimental.{module}" for name, module in experimental.items()}
     return tuple(_importable(name, module) for name, module in places.items())
 

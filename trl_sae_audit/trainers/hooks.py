@@ -161,6 +161,9 @@ class TrainerHooks(LifecycleHooks):
         device = self._trainer.accelerator.device
         if self.layout.paired:
             return functools.partial(_halves, rows, device)
+        if self.kind == "TPOTrainer":
+            branches = 2 if self._trainer.tpo_alpha == 0 else 3
+            return functools.partial(_branches, rows, branches, device)
         if self.kind == "KTOTrainer":
             labels = torch.as_tensor(inputs["label"], device=device)
             return lambda: torch.where(labels.bool(), 1.0, -1.0)
@@ -238,6 +241,14 @@ def _check_pairs(inputs: Mapping[str, Any]) -> None:
 def _halves(rows: int, device: torch.device) -> Tensor:
     sides = torch.ones(rows, device=device)
     sides[rows // 2 :] = -1
+    return sides
+
+
+def _branches(rows: int, branches: int, device: torch.device) -> Tensor:
+    """TPO's rows: all chosen, then all rejected, and then those references that it imitates and compares with nothing."""
+    sides = torch.zeros(rows, device=device)
+    sides[: rows // branches] = 1
+    sides[rows // branches : 2 * (rows // branches)] = -1
     return sides
 
 

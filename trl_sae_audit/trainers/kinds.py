@@ -30,6 +30,7 @@ LAYOUTS = {
     "CPOTrainer": Layout(("chosen", "rejected"), paired=True),
     "ORPOTrainer": Layout(("chosen", "rejected"), paired=True),
     "OnlineDPOTrainer": Layout(("chosen", "rejected"), paired=True, on_policy=True),
+    "TPOTrainer": Layout(("chosen", "rejected")),
     "KTOTrainer": Layout(("desirable", "undesirable")),
     "GRPOTrainer": Layout(("reinforced", "suppressed"), on_policy=True),
     "RLOOTrainer": Layout(("reinforced", "suppressed"), on_policy=True),
