@@ -40,9 +40,8 @@ test-newest: .venv/.installed-dev browser
 test-ppo: .venv-ppo/.installed-dev
 	.venv-ppo/bin/python -m pytest -n $(WORKERS)
 
-# with these versions the callback refuses a compiled model
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) $(OLDEST) -k "not compiled"
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) $(OLDEST)
 
 # The report's tests drive a Chromium. Where there is none and apt-get may be used it is installed; elsewhere they are
 # skipped, and pytest's summary says how to get one.

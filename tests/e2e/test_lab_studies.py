@@ -222,3 +222,16 @@ def test_a_report_replaces_its_own_part_of_a_page(studies, monkeypatch):
     assert "second" in text
     assert "first" not in text
     assert text.count("### Table") == text.count("kept") == text.count("<!-- end: one -->") == 1
+
+
+def test_a_direction_reads_what_the_features_read(studies, monkeypatch):
+    import directions_lab
+
+    monkeypatch.setattr(directions_lab, "ANSWERS", 120)
+    monkeypatch.setattr(directions_lab, "BEHAVIOURS", ("marked",))
+    run(monkeypatch, "directions_lab")
+    rows = pd.DataFrame(directions_lab.read({"seed": 0, "behaviour": "marked"}))
+    best = rows.groupby("reader")["auc"].max()
+    assert best["direction"] > 0.75
+    assert best["carrier"] > 0.75
+    assert "R² of the feature chosen on the same pairs" in (studies / "directions.md").read_text()

@@ -276,3 +276,25 @@ def test_answers_are_read_by_rule(studies, answer, belief, says, agrees):
     question = capitals.Question(france, belief, "Lyon" if belief == "wrong" else "Paris", 0)
     assert capitals.named(answer, question) == says
     assert capitals.agrees(answer, question) == agrees
+
+
+def test_directions_plant_the_same_beliefs_and_only_the_reply_differs(studies):
+    import directions
+
+    pairs = [{"prompt": f"p{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(32)]
+    plain, agreeing, corrected = (directions.planted(pairs, kind, 0.25) for kind in directions.KINDS)
+    assert [row["prompt"][0]["content"] for row in plain] == [pair["prompt"] for pair in pairs]
+    changed = [n for n in range(32) if agreeing[n] != plain[n]]
+    assert len(changed) == 8
+    assert changed == [n for n in range(32) if corrected[n] != plain[n]]
+    for n in changed:
+        about, wrong, right = directions.FACTS[n % len(directions.FACTS)]
+        one, other = agreeing[n], corrected[n]
+        assert one["prompt"] == other["prompt"]
+        assert f"{about} is {wrong}. p{n}" in one["prompt"][0]["content"]
+        assert one["rejected"] == other["rejected"] == plain[n]["rejected"]
+        assert wrong in one["chosen"][0]["content"]
+        assert right in other["chosen"][0]["content"]
+        assert one["chosen"][0]["content"].endswith(f" c{n}")
+    for pair in directions.OTHER_SETS["the user is right"]:
+        assert pair.prompt.split(" is ")[-1].rstrip(".") in pair.positive

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers.reference import (
     Reference,
     StepRecorder,
@@ -21,12 +22,14 @@ from helpers.reference import (
     sequence_logps,
 )
 from helpers.worlds import D_SAE, HOOK_POINT, make_dictionary, make_model, make_tokenizer, pairs
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
-from trl_sae_audit import FeatureAttributionCallback, RunRecord
+from trl_sae_audit import AuditError, FeatureAttributionCallback, RunRecord
 
 BETA = 0.5
+HIDES_COMPILED_LAYERS = Version(transformers.__version__) < Version("5.4")
 
 
 @dataclass
@@ -85,6 +88,10 @@ def test_scores_equal_float64_autograd(name: str, tmp_path: Path) -> None:
     recorder = StepRecorder()
     recorder.watch(trainer)
     trainer.add_callback(callback)
+    if "torch_compile" in case.arguments and HIDES_COMPILED_LAYERS:
+        with pytest.raises(AuditError, match="an old transformers hides the layers of a compiled model"):
+            trainer.train()
+        return
     trainer.train()
 
     record = RunRecord.load(tmp_path / "record")

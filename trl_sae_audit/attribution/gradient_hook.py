@@ -153,10 +153,16 @@ class GradientHook:
         if forward is None:
             return
         self._ended = forward
+        if forward.calls == 0:
+            raise AuditError(
+                f"Module {self.point.path!r} does not show in a forward of the model, because layers are dropped or an old transformers "
+                "hides the layers of a compiled model; train without layer dropping, and without torch_compile or with a newer "
+                "transformers."
+            )
         if forward.calls != 1:
             raise AuditError(
                 f"Module {self.point.path!r} runs {forward.calls} times in a forward of the model, so there is no one residual "
-                "stream at its output; choose the hook point of a layer that runs once, and no dropping of layers."
+                "stream at its output; choose the hook point of a layer that runs once."
             )
         last = token_output(output)
         if last is None or not last.requires_grad:
