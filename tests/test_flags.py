@@ -53,7 +53,7 @@ def test_a_flag_is_added_and_comments_stay(path):
     append_flag(path, Flag("tiny", 2, "b"))
     assert path.read_text().startswith(text)
     assert [flag.feature for flag in FlagSet.load(path)] == [1, 2]
-    with pytest.raises(AuditError, match="flagged twice"):
+    with pytest.raises(AuditError, match="already flags feature 2 of"):
         append_flag(path, Flag("tiny", 2))
 
 

@@ -251,7 +251,15 @@ def append_flag(path: str | Path, *more: Flag) -> FlagSet:
         flags = FlagSet(more)
         flags.save(path)
         return flags
-    flags = FlagSet([*FlagSet.load(path), *more])
+    there = FlagSet.load(path)
+    known = {(flag.dictionary, flag.feature) for flag in there}
+    again = [str(flag.feature) for flag in more if (flag.dictionary, flag.feature) in known]
+    if again:
+        raise AuditError(
+            f"{path} already flags feature{'s' * (len(again) > 1)} {', '.join(again)} of {more[0].dictionary!r}; remove "
+            f"{'them' if len(again) > 1 else 'it'} there first, or flag others."
+        )
+    flags = FlagSet([*there, *more])
     text = path.read_text(encoding="utf-8")
     longer = (
         text.rstrip("\n") + "\n" + "".join(_indented(_entry_text(group), text) for group in _grouped(more))

@@ -61,7 +61,7 @@ def test_audit_flag_filter(workspace, tmp_path, capsys):
     assert said.index("effect size") < said.index("selection") < said.index("attribution")
     assert FlagSet.load(flags)[0].identity == audit.dictionary.identity
     assert main([*flag, "--flags", str(flags)]) == 2
-    assert "flagged twice" in capsys.readouterr().err
+    assert "already flags feature" in capsys.readouterr().err
     filtered = ["filter", str(workspace / "pairs.jsonl"), "--flags", str(flags)]
     assert main([*filtered, "--output_dir", str(tmp_path / "defaults")]) == 0, "the flags know their audit"
     assert "Predicted again on" in capsys.readouterr().out
