@@ -140,7 +140,7 @@ def training_stages(
     with stages.stage("a log: health on 64 tokens"):
         assert tracker._sample is not None
         hidden = torch.randn(1, 64, dictionary.d_model, generator=generator)
-        tracker._sample(TokenView(hidden, hidden, ForwardRecord()))
+        tracker._sample(TokenView(hidden, hidden, hidden, ForwardRecord()))
         tracker.measure_health()
     with stages.stage("a flush of the record"):
         writer.flush(tracker.totals.steps, {dictionary.name: tracker.totals})

@@ -30,7 +30,7 @@ from trl_sae_audit import Audit, FeatureScorer, Flag, FlagSet, audit_preferences
 
 HAS_PPO = ELSEWHERE == "newest"
 MOST_NOT_RUN = 6
-RELEASED = re.compile(r'load_dictionary\("([\w.-]+)", "([\w.-]+)"\)')
+RELEASED = re.compile(r'load_dictionary\("([\w.-]+)", "([\w.-]+)"[,)]')
 FEATURES, ACTIVE = 2048, 400  # so that whichever index a page names, there is something to see of it
 
 

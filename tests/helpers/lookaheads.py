@@ -15,8 +15,8 @@ from trl_sae_audit.audit.lookahead.generations import Generations
 from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
 from trl_sae_audit.audit.objectives import PreferenceLoss
-from trl_sae_audit.models.hook_points import resolve_hook_point
 from trl_sae_audit.models.sampling import Sampling, sample_ids
+from trl_sae_audit.saes.compatibility import find_hook_point
 from trl_sae_audit.saes.loading import SaeLensEncoder
 
 HOOK = "transformer.h.1"
@@ -75,7 +75,7 @@ def look(model, tokenizer, dictionary, rule, reference=None, method="auto", n=6,
     probe = loss.tokenize(list(enumerate(pairs(4, seed=9))))
     return Lookahead(
         model,
-        resolve_hook_point(model, HOOK),
+        find_hook_point(dictionary, model),
         dictionary,
         loss,
         rule,

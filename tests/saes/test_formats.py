@@ -425,7 +425,8 @@ def test_the_command_of_the_refusal_converts(tmp_path: Path, monkeypatch: pytest
 
 REFUSED = {
     "sparsify": [
-        ({"cfg.json": {**SPARSIFY, "transcode": True}}, "a transcoder, an MLP or attention"),
+        ({"cfg.json": {**SPARSIFY, "transcode": True}}, "is a transcoder"),
+        ({"cfg.json": {**SPARSIFY, "skip_connection": True}}, "an MLP or attention"),
         ({"cfg.json": {**SPARSIFY, "activation": "groupmax"}}, "'groupmax', and only topk is read"),
         ({"cfg.json": {**SPARSIFY, "signed": True}}, "signed topk"),
         ({"cfg.json": {"d_in": WIDTH}}, "damaged or incomplete: it has no 'k'"),

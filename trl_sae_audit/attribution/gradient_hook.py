@@ -55,12 +55,14 @@ class TokenView:
 
     Attributes:
         gradient: at the hook point, [rows, tokens, d_model].
-        hidden: the hidden states there, [rows, tokens, d_model].
+        hidden: the hidden states that the encoder reads, [rows, tokens, d_model].
+        written: those whose gradient it is; the same, save for a transcoder.
         forward: whose tokens they are.
     """
 
     gradient: Tensor
     hidden: Tensor
+    written: Tensor
     forward: ForwardRecord
 
 
@@ -102,12 +104,15 @@ class GradientHook:
         self._running: ForwardRecord | None = None
         self._ended: ForwardRecord | None = None
         self._in_backward: ForwardRecord | None = None
+        self._read: Tensor | None = None
         # Registered before the first step: torch.compile ignores hooks that come after the first forward.
         self._handles: list[RemovableHandle] = [
             point.decoder.register_forward_pre_hook(self._on_decoder_begin, with_kwargs=True),
             point.module.register_forward_hook(self._on_forward),
             point.decoder.register_forward_hook(self._on_decoder_end),
         ]
+        if point.source is not None and observers:
+            self._handles.append(point.on_read(self._on_read))
 
     def open(self) -> None:
         """Begin a micro-batch."""
@@ -138,6 +143,7 @@ class GradientHook:
         self._is_open = False
         self._forwards = []
         self._running = self._ended = self._in_backward = None
+        self._read = None
 
     @torch.compiler.disable
     def _on_decoder_begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -182,6 +188,11 @@ class GradientHook:
         last.register_hook(on_gradient)
 
     @torch.compiler.disable
+    def _on_read(self, hidden: Tensor) -> None:
+        # The same layer's output comes next: of this pass, or of this layer when checkpointing runs it again.
+        self._read = hidden.detach() if self._is_open and torch.is_grad_enabled() else None
+
+    @torch.compiler.disable
     def _on_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self._is_open or (self._running is None and not torch.is_grad_enabled()):
             return None
@@ -198,8 +209,9 @@ class GradientHook:
             hidden = hidden.detach().requires_grad_(True)
             replacement = replace_layer_output(output, hidden)
         # Detached, or the closure would keep the graph alive that owns it.
-        tokens = hidden.detach() if self.observers else None
-        hidden.register_hook(lambda gradient: self._add_gradient(forward, gradient, tokens))
+        written = hidden.detach() if self.observers else None
+        read, self._read = written if self.point.source is None else self._read, None
+        hidden.register_hook(lambda gradient: self._add_gradient(forward, gradient, read, written))
         return replacement
 
     def _find_recomputed(self) -> ForwardRecord:
@@ -213,7 +225,9 @@ class GradientHook:
             f"{len(self._forwards)} its gradient belongs; use gradient_checkpointing_kwargs={{'use_reentrant': False}}."
         )
 
-    def _add_gradient(self, forward: ForwardRecord, gradient: Tensor, hidden: Tensor | None) -> None:
+    def _add_gradient(
+        self, forward: ForwardRecord, gradient: Tensor, read: Tensor | None, written: Tensor | None
+    ) -> None:
         if not forward.is_open:
             raise AuditError(
                 f"A gradient reached {self.point.path!r} after the training step in which its forward was made had ended; "
@@ -226,8 +240,8 @@ class GradientHook:
             )
         rows = _row_sums(gradient, forward.lengths)
         forward.gradient = rows if forward.gradient is None else forward.gradient + rows
-        if hidden is not None:
-            view = TokenView(gradient, hidden, forward)
+        if read is not None and written is not None:
+            view = TokenView(gradient, read, written, forward)
             for observe in self.observers:
                 observe(view)
         forward.last = None

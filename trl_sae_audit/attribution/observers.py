@@ -47,6 +47,7 @@ class TokenSample:
     def __init__(self, size: int) -> None:
         self.size = size
         self.hidden: Tensor | None = None
+        self.written: Tensor | None = None
         self.weight: Tensor | None = None
 
     def __call__(self, view: TokenView) -> None:
@@ -60,10 +61,11 @@ class TokenSample:
         sampled = view.hidden.reshape(-1, width)[index]
         reached &= ~find_attention_sinks(sampled[None], reached[None])[0]
         self.hidden, self.weight = sampled, reached.float()
+        self.written = view.written.reshape(-1, width)[index]
 
     def health(self, dictionary: FeatureDictionary) -> Health | None:
         """How the dictionary fits the sample; None before there is one."""
-        return None if self.hidden is None else health(dictionary, self.hidden, self.weight)
+        return None if self.hidden is None else health(dictionary, self.hidden, self.weight, self.written)
 
 
 class _Draws:

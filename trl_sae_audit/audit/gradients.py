@@ -37,7 +37,7 @@ class ExampleArrays:
             log-probability under the policy, or its reward where a reward model was audited [n, R].
         weight: how much the loss asks for each answer, `Σ_t c_t` over its tokens with `c_t = −∂L_i/∂log π(y_t)`; where a reward
             model was audited its reward less the example's mean, in equal parts over the tokens [n, R].
-        residual: the mean hidden state over each answer's tokens [n, R, d_model] float32.
+        residual: the mean hidden state over each answer's tokens [n, R, d_model] float32; of a transcoder the MLP's output.
         indptr, feature, mean, max_activation, activation_attribution, selected: activations in rows as in a CSR matrix. Row
             i·R + r holds the features active in the answer: their mean activation over its tokens, the activation
             largest in size, `-Σ_t a_f·⟨g[t], ∂h/∂a_f⟩` over the tokens whose logits enter the loss, and `Σ_t c_t·a_f[t]`.
@@ -104,7 +104,8 @@ class BatchGradients:
     """One batch differentiated.
 
     Attributes:
-        gradient, hidden: at the hook point [rows, T, d_model].
+        gradient, hidden: at the hook point, and what is read there [rows, T, d_model].
+        written: the hidden states whose gradient it is; the same as `hidden`, save for a transcoder [rows, T, d_model].
         positions: tokens whose logits enter the loss [rows, T].
         log_probs: of each answer, or its reward where a reward model is audited [rows].
         weights: `c_t` of the answers' tokens, see `ExampleArrays`; 0 elsewhere [rows, T].
@@ -112,6 +113,7 @@ class BatchGradients:
 
     gradient: Tensor
     hidden: Tensor
+    written: Tensor
     positions: Tensor
     log_probs: Tensor
     weights: Tensor
@@ -198,9 +200,8 @@ class AuditPass:
         head = LanguageHead(self.model, self.point.decoder)
         predicted = batch["completion_mask"][:, 1:].bool()
         targets = batch["input_ids"][:, 1:][predicted]
-        with leaf_at(self.point, self.dictionary.d_model) as leaves, torch.enable_grad():
+        with leaf_at(self.point, self.dictionary.d_model) as states, torch.enable_grad():
             last = last_hidden_state(self.point.decoder, batch)
-        (hidden,) = leaves
         values, slopes = head.slopes(last.detach()[:, :-1][predicted], targets)
         log_probs = scatter(values, predicted)
         reference = log_probs if self._reference is None else self._reference.log_probs(batch)
@@ -209,9 +210,9 @@ class AuditPass:
         positions = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         positions[:, :-1] = predicted
         arriving[positions] = (slopes * weights[predicted][:, None]).to(arriving.dtype)
-        (gradient,) = torch.autograd.grad(last, hidden, arriving)
+        (gradient,) = torch.autograd.grad(last, states.leaf, arriving)
         of_tokens = F.pad(-weights.masked_fill(~predicted, 0), (1, 0))
-        return BatchGradients(gradient, hidden.detach(), positions, log_probs.sum(1), of_tokens)
+        return BatchGradients(gradient, states.read, states.written, positions, log_probs.sum(1), of_tokens)
 
     @torch.no_grad()
     def _answers(self, batch: Mapping[str, Tensor], found: BatchGradients) -> list[_AnswerScores]:
@@ -220,7 +221,7 @@ class AuditPass:
         if not self.attention_sinks:
             sinks = find_attention_sinks(found.hidden, answer)
             self.sinks, answer = self.sinks + int(sinks.sum()), answer & ~sinks
-        states = torch.where(answer[..., None], found.hidden, 0).sum(1, dtype=torch.float32)
+        states = torch.where(answer[..., None], found.written, 0).sum(1, dtype=torch.float32)
         residuals = (states / answer.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
         prompts = self._states_of_prompts(batch, found.hidden)
         figures = zip(
@@ -265,17 +266,17 @@ class RewardPass(AuditPass):
     def differentiate(self, batch: Mapping[str, Tensor]) -> BatchGradients:
         assert isinstance(self.loss, RewardLoss)
         padded = padded_with(self.model, self.loss.padding)
-        with padded, leaf_at(self.point, self.dictionary.d_model) as leaves, torch.enable_grad():
+        with padded, leaf_at(self.point, self.dictionary.d_model) as states, torch.enable_grad():
             output = self.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             )
             reward = output.logits[:, 0]
-            (gradient,) = torch.autograd.grad(-reward.sum(), leaves[0])
+            (gradient,) = torch.autograd.grad(-reward.sum(), states.leaf)
         positions = batch["completion_mask"].bool()
         reward = reward.detach().float()
         advantage = reward - reward.reshape(2, -1).mean(0).repeat(2)
         weights = positions * (advantage / positions.sum(1).clamp_min(1))[:, None]
-        return BatchGradients(gradient, leaves[0].detach(), positions, reward, weights)
+        return BatchGradients(gradient, states.read, states.written, positions, reward, weights)
 
 
 PROMPT_TAIL = 24

@@ -197,6 +197,7 @@ class AuditStore:
                 info["name"],
                 model_name=info["model_name"],
                 neuronpedia_id=info["neuronpedia_id"],
+                reads=info.get("reads"),
             )
         if decoder.dtype == torch.float32 and found.identity != info["identity"]:
             raise damaged(path, "its content hash is not the manifest's")

@@ -41,6 +41,10 @@ class AttributionArguments:
     hook_point: list[str] | None = option(
         None, "Module whose output each dictionary reads, such as model.layers.9, if the SAE does not say."
     )
+    transcoder: bool = option(
+        False,
+        "Also take a transcoder of one MLP, whose scores are about what the MLP adds to the residual stream.",
+    )
     dictionary_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Keep the dictionaries in this type; by default as saved. Scores are computed in float32."
     )
@@ -166,7 +170,15 @@ def load_dictionaries(
     dtype = None if arguments.dictionary_dtype is None else getattr(torch, arguments.dictionary_dtype)
     offload = arguments.offload_dictionary
     return [
-        load_dictionary(source, sae_id, hook_point=hook_point, dtype=dtype, offload=offload, model=model)
+        load_dictionary(
+            source,
+            sae_id,
+            hook_point=hook_point,
+            dtype=dtype,
+            offload=offload,
+            transcoder=arguments.transcoder,
+            model=model,
+        )
         for source, sae_id, hook_point in zip(sources, ids, hook_points, strict=True)
     ]
 

@@ -77,6 +77,11 @@ class FeatureShieldCallback(TrainerCallback):
             raise AuditError(
                 f"The shield's strength is {strength}; give a number from 0, which takes nothing, to 1, which takes all."
             )
+        if dictionary.reads is not None:
+            raise AuditError(
+                f"Dictionary {dictionary.name!r} is a transcoder: the shield would take the features out of what one MLP adds, and "
+                "leave the residual stream beside it as it is. Use an SAE of the residual stream."
+            )
         flags = FlagSet(flags)
         self.dictionary = dictionary
         self.flags = flags.of(dictionary) if len(flags) else []

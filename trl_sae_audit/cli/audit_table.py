@@ -47,7 +47,7 @@ def show(audit: Audit, top: int, output: OutputArguments, findings: Sequence[Fin
             "fail_on": findings,
         },
         table(
-            f"{_size(audit)}, {len(features)} features of {audit.dictionary.name}",
+            f"{_size(audit)}, {len(features)} features of {audit.dictionary.name}{_transcoder(audit)}",
             {**dict.fromkeys(headings, "right"), "words": "left"},
             [
                 [
@@ -175,6 +175,12 @@ _WORDS = {
     "policy_gradient": ("answers", "the reward favours among the answers to a prompt"),
 }
 """By objective: what a step is taken on, and what selects."""
+
+
+def _transcoder(audit: Audit) -> str:
+    from ..io.dictionaries import describe_place
+
+    return f" at {describe_place(audit.manifest['dictionary'])}" if audit.dictionary.reads else ""
 
 
 def _size(audit: Audit) -> str:

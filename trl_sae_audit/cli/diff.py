@@ -74,7 +74,10 @@ def _known(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _EXAMPLES = 3
-KNOWN = {"known": _known, "may_be_known": ("after", "dataset", "dictionary", "sae_id", "hook_point")}
+KNOWN = {
+    "known": _known,
+    "may_be_known": ("after", "dataset", "dictionary", "sae_id", "hook_point", "transcoder"),
+}
 OPTIONS = (DiffArguments, DictionaryArguments, OutputArguments)
 
 

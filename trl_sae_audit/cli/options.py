@@ -54,6 +54,10 @@ class DictionaryArguments:
     hook_point: str | None = option(
         "Read here instead of where the SAE says it hooks: a layer's number or a module's path.", None
     )
+    transcoder: bool = option(
+        "Also take a transcoder of one MLP: its scores are about what the MLP adds to the residual stream.",
+        False,
+    )
 
     def load(self, model: PreTrainedModel | None = None) -> FeatureDictionary:
         from ..saes.loading import load_dictionary
@@ -67,7 +71,9 @@ class DictionaryArguments:
             raise AuditError(
                 "--dictionary auto chooses an SAE for one model, in `audit` and `doctor`; here, pass the one that they chose."
             )
-        return load_dictionary(self.dictionary, self.sae_id, hook_point=self.hook_point, model=model)
+        return load_dictionary(
+            self.dictionary, self.sae_id, hook_point=self.hook_point, transcoder=self.transcoder, model=model
+        )
 
     def load_with(
         self, model_arguments: ModelArguments

@@ -10,10 +10,10 @@ from ..io.manifest import MANIFEST, read_manifest
 
 ROWS_OF_A_RUN = 200
 """Rows that are read of the data that a run trained on, where no others are named."""
-_OF_AN_AUDIT = ("model", "dictionary", "sae_id", "hook_point", "dataset", "split", "max_rows")
+_OF_AN_AUDIT = ("model", "dictionary", "sae_id", "hook_point", "transcoder", "dataset", "split", "max_rows")
 
 
-_BELONGS = {"dataset": ("split", "max_rows"), "dictionary": ("sae_id", "hook_point")}
+_BELONGS = {"dataset": ("split", "max_rows"), "dictionary": ("sae_id", "hook_point", "transcoder")}
 
 
 def known_options(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def origins(directory: str | Path | None) -> dict[str, Any]:
     manifest = read_manifest(directory, "run", "audit")
     config: Mapping[str, Any] = manifest.get("config") or {}
     if manifest["kind"] == "audit":
-        return {name: config[name] for name in _OF_AN_AUDIT if config.get(name) is not None}
+        return {name: config[name] for name in _OF_AN_AUDIT if config.get(name) not in (None, False)}
     known: Mapping[str, Any] = config.get("origins") or {}
     found = {name: known[name] for name in ("model", "after", "dataset") if known.get(name)}
     if "dataset" in found:

@@ -69,6 +69,7 @@ class EvidenceArguments:
     dictionary: str | None = option("The dictionary, a directory or a release.", None, aliases=["--sae"])
     sae_id: str | None = option("Which SAE of the release.", None)
     hook_point: str | None = option("Read here instead of where the SAE says it hooks.", None)
+    transcoder: bool = option("Also take a transcoder, whose scores are about what its MLP adds.", False)
     dataset: str | None = option("The preference pairs.", None, aliases=["--dataset_name"])
     split: str | None = option("Split, of a dataset that has several; default train.", None)
     max_rows: int | None = option("Use the first rows only.", None)
@@ -166,7 +167,9 @@ def _gather(directory: str, arguments: EvidenceArguments) -> None:
     from .gathering import gather_for
 
     source = open_sources(directory)[0]
-    loaded = DictionaryArguments(dictionary, arguments.sae_id, arguments.hook_point).load()
+    loaded = DictionaryArguments(
+        dictionary, arguments.sae_id, arguments.hook_point, arguments.transcoder
+    ).load()
     gather_for(
         source,
         *ModelArguments(model).load(),

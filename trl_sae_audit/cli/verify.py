@@ -57,7 +57,7 @@ class VerifyArguments:
 
 KNOWN = {
     "known": lambda given: known_options("source", given),
-    "may_be_known": ("model", "after", "dataset", "dictionary", "sae_id", "hook_point"),
+    "may_be_known": ("model", "after", "dataset", "dictionary", "sae_id", "hook_point", "transcoder"),
 }
 OPTIONS = (VerifyArguments, ModelArguments, PreferenceArguments, DictionaryArguments, OutputArguments)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -18,16 +20,67 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "n_embed", "dim")
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where the encoder of a transcoder reads: before the place that its decoder writes, in the same layer.
+
+    Attributes:
+        path, module: of the model.
+        side: whether it is the module's input, its output, or its input normalised without the gain that the module multiplies
+            with (`ln2.hook_normalized` of TransformerLens).
+        epsilon: of the normalisation. centred: whether that takes off the mean, as LayerNorm does and RMSNorm does not.
+    """
+
+    path: str
+    module: nn.Module
+    side: Literal["input", "output", "normalised"]
+    epsilon: float = 0.0
+    centred: bool = False
+
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """What the encoder reads [rows, tokens, d_model], of a call of the module.
+
+        Raises:
+            AuditError: if that is something else.
+        """
+        hidden = layer_output(output) if self.side == "output" else next(iter((*args, *kwargs.values())))
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            raise AuditError(
+                f"The {'output' if self.side == 'output' else 'input'} of module {self.path!r} is not hidden states [rows, tokens, "
+                "d_model], so a transcoder cannot read there; take an SAE of the residual stream."
+            )
+        if self.side != "normalised":
+            return hidden
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = wide - wide.mean(-1, keepdim=True) if self.centred else wide
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)).to(hidden.dtype)
+
+
+@dataclass(frozen=True)
 class HookPoint:
-    """A module of one model whose output is the residual stream.
+    """A module of one model whose output is the residual stream, or what an MLP adds to it.
 
     `path` is its name in the model it was found in, `decoder` the module that owns the list of
-    layers it stands in, whose last hidden state is what the logits are made of.
+    layers it stands in, whose last hidden state is what the logits are made of. `source` is where a
+    transcoder reads; None for all dictionaries that read what they write.
     """
 
     path: str
     module: nn.Module
     decoder: nn.Module
+    source: Source | None = None
+
+    def on_read(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show what the encoder reads, each time a forward pass comes to it."""
+        source = self.source
+
+        @torch.compiler.disable
+        def show(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
+            see(layer_output(output) if source is None else source.states(args, kwargs, output))
+
+        if source is None or source.side == "output":
+            module = self.module if source is None else source.module
+            return module.register_forward_hook(show, with_kwargs=True)
+        return source.module.register_forward_pre_hook(show, with_kwargs=True)
 
     def hidden_states(self, output: Any, width: int) -> Tensor:
         """The residual stream [rows, tokens, width] in what the module returned.

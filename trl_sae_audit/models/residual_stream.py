@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_sinks import find_attention_sinks
 from .batches import batched, pad
-from .hook_points import HookPoint, layer_output, replace_layer_output
+from .hook_points import HookPoint, replace_layer_output
 
 Forward = Callable[[Mapping[str, Tensor]], object]
 """Runs a model on a tokenized batch."""
@@ -116,18 +116,18 @@ class _HookPointReached(Exception):  # noqa: N818, not an error
 
 
 def run_until(point: HookPoint, forward: Callable[[], object], *, stop: bool = True) -> Tensor:
-    """What the hook point puts out when `forward` runs its decoder; the pass ends there, and keeps its graph if it has one.
+    """What is read at the hook point when `forward` runs its decoder; the pass ends there, and keeps its graph if it has one.
 
     With stop=False it runs to its end, as engines need it whose processes exchange parameters on the way.
     """
     captured: list[Tensor] = []
 
-    def capture(module: nn.Module, args: Any, output: Any) -> None:
-        captured.append(layer_output(output))
+    def capture(hidden: Tensor) -> None:
+        captured.append(hidden)
         if stop:
             raise _HookPointReached
 
-    handle = point.module.register_forward_hook(capture)
+    handle = point.on_read(capture)
     try:
         with contextlib.suppress(_HookPointReached):
             forward()
@@ -138,7 +138,7 @@ def run_until(point: HookPoint, forward: Callable[[], object], *, stop: bool = T
 
 @torch.no_grad()
 def hidden_states(point: HookPoint, batch: Mapping[str, Tensor], forward: Forward | None = None) -> Tensor:
-    """Hidden states [rows, tokens, d_model] at the hook point, in evaluation mode; nothing above it is computed.
+    """Hidden states [rows, tokens, d_model] that are read at the hook point, in evaluation mode; nothing above it is computed.
 
     Args:
         point: where to read; its decoder is run.
@@ -161,8 +161,8 @@ def hidden_states_at(points: Sequence[HookPoint], batch: Mapping[str, Tensor]) -
         return [hidden_states(points[0], batch)]
     found: dict[int, Tensor] = {}
 
-    def capture(number: int, module: nn.Module, args: Any, output: Any) -> None:
-        found[number] = layer_output(output)
+    def capture(number: int, hidden: Tensor) -> None:
+        found[number] = hidden
         if len(found) == len(points):
             raise _HookPointReached
 
@@ -170,7 +170,7 @@ def hidden_states_at(points: Sequence[HookPoint], batch: Mapping[str, Tensor]) -
     device = next(decoder.parameters()).device
     with contextlib.ExitStack() as stack:
         for number, point in enumerate(points):
-            stack.callback(point.module.register_forward_hook(partial(capture, number)).remove)
+            stack.callback(point.on_read(partial(capture, number)).remove)
         stack.enter_context(evaluation_mode(decoder))
         with contextlib.suppress(_HookPointReached):
             decoder(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
@@ -209,35 +209,62 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class PointStates:
+    """What passes a hook point in one forward pass, each [rows, tokens, d_model]; to be asked for after it.
+
+    Attributes:
+        written: the hook point's output, without its graph.
+        read: what the encoder reads: the same, save for a transcoder.
+        gradient: of the output, after a backward pass.
+        leaf: the output where `leaf_at` cut the graph.
+    """
+
+    written: Tensor
+    read: Tensor
+    gradient: Tensor
+    leaf: Tensor
+
+    def write(self, point: HookPoint, hidden: Tensor) -> None:
+        self.written = hidden.detach()
+        if point.source is None:
+            self.read = self.written
+
+
 @contextlib.contextmanager
-def leaf_at(point: HookPoint, width: int) -> Iterator[list[Tensor]]:
-    """Cut the graph at the hook point: its output becomes a leaf that needs a gradient, and is listed."""
-    leaves: list[Tensor] = []
+def _reading(point: HookPoint, found: PointStates) -> Iterator[None]:
+    def see(hidden: Tensor) -> None:
+        found.read = hidden.detach()
+
+    handle = None if point.source is None else point.on_read(see)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def leaf_at(point: HookPoint, width: int) -> Iterator[PointStates]:
+    """Cut the graph at the hook point: its output becomes a leaf that needs a gradient."""
+    found = PointStates()
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        leaf = point.hidden_states(output, width).detach().requires_grad_(True)
-        leaves.append(leaf)
-        return replace_layer_output(output, leaf)
+        found.leaf = point.hidden_states(output, width).detach().requires_grad_(True)
+        found.write(point, found.leaf)
+        return replace_layer_output(output, found.leaf)
 
     handle = point.module.register_forward_hook(cut)
     try:
-        yield leaves
+        with _reading(point, found):
+            yield found
     finally:
         handle.remove()
 
 
-@dataclass
-class PointGradient:
-    """The hidden states at a hook point [rows, tokens, d_model], and after a backward pass their gradient."""
-
-    hidden: Tensor | None = None
-    gradient: Tensor | None = None
-
-
 @contextlib.contextmanager
-def gradient_at(point: HookPoint, width: int) -> Iterator[PointGradient]:
+def gradient_at(point: HookPoint, width: int) -> Iterator[PointStates]:
     """Keep the hook point's hidden states and their gradient, with the graph below as it is."""
-    found = PointGradient()
+    found = PointStates()
 
     def keep(gradient: Tensor) -> None:
         found.gradient = gradient
@@ -247,12 +274,13 @@ def gradient_at(point: HookPoint, width: int) -> Iterator[PointGradient]:
         if not hidden.requires_grad:  # nothing below is trained
             hidden = hidden.detach().requires_grad_(True)
         hidden.register_hook(keep)
-        found.hidden = hidden.detach()
+        found.write(point, hidden)
         return replace_layer_output(output, hidden)
 
     handle = point.module.register_forward_hook(watch)
     try:
-        yield found
+        with _reading(point, found):
+            yield found
     finally:
         handle.remove()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..io.dictionaries import describe_place
 from ..io.feature_labels import caption
 from ..io.manifest import read_manifest
 from ..text import sanitize
@@ -43,7 +44,7 @@ def model_card(
         AuditError: a directory holds something else, or is damaged.
     """
     dictionaries = ", ".join(
-        f"`{_text(each['name'])}` at `{_text(each['hook_point'])}` ({each['d_sae']:,} features)"
+        f"`{_text(each['name'])}` at `{_text(describe_place(each))}` ({each['d_sae']:,} features)"
         for each in record.dictionaries
     )
     parts = [

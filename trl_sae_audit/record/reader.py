@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ..attribution.totals import FeatureTotals
 from ..errors import AuditError
+from ..io.dictionaries import describe_place
 from ..io.feature_labels import LabelSet, labels_of, with_labels
 from ..io.manifest import StoredFile, reading, stored_files
 from ..statistics import effect_unit
@@ -86,7 +87,7 @@ class RunRecord:
             lines = table[shown].to_string(
                 index=False, max_colwidth=48, na_rep="–", float_format="{:+.3g}".format
             )
-            parts.append(f"{dictionary['name']} at {dictionary['hook_point']}\n{lines}")
+            parts.append(f"{dictionary['name']} at {describe_place(dictionary)}\n{lines}")
         return "\n\n".join("\n".join(map(sanitize, part.splitlines())) for part in parts)
 
     def table(self, name: str) -> pd.DataFrame:

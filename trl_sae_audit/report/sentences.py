@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..io.dictionaries import describe_place
 from .comparison import Difference, FeatureRow, Measure
 from .lead import SIGNIFICANT, Lead, known_leads, read_lead
 from .sources import ReportSource, View
@@ -21,7 +22,7 @@ POOR_FIT, NO_FIT = 0.5, 0.9
 def describe_source(source: ReportSource) -> str:
     """One line: trainer, steps, model, dictionary."""
     dictionaries = "; ".join(
-        f"{view.described['d_sae']:,} features of the dictionary “{view.name}” at {view.described['hook_point']}"
+        f"{view.described['d_sae']:,} features of the dictionary “{view.name}” at {describe_place(view.described)}"
         for view in source.views
     )
     path = str(source.manifest.get("model") or "")

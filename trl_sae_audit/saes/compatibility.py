@@ -10,10 +10,22 @@ from transformers import PreTrainedModel
 
 from ..errors import AuditError
 from ..models.hook_points import HookPoint, residual_width, resolve_hook_point
+from ..models.mlp_points import resolve_transcoder
 from ..models.sharding import is_sharded
 from .dictionary import FeatureDictionary
 
 logger = logging.getLogger(__name__)
+
+
+def find_hook_point(dictionary: FeatureDictionary, model: nn.Module) -> HookPoint:
+    """Where the dictionary hooks in the model.
+
+    Raises:
+        AuditError: missing or ambiguous.
+    """
+    if dictionary.reads is not None:
+        return resolve_transcoder(model, dictionary.reads, dictionary.hook_point)
+    return resolve_hook_point(model, dictionary.hook_names)
 
 
 def check_dictionary(dictionary: FeatureDictionary, policy: nn.Module) -> HookPoint:
@@ -31,7 +43,7 @@ def check_dictionary(dictionary: FeatureDictionary, policy: nn.Module) -> HookPo
             "residual stream of a decoder-only model. Train one of those (Llama, Qwen, Gemma and the like), or leave the "
             "callback out."
         )
-    point = resolve_hook_point(policy, dictionary.hook_names)
+    point = find_hook_point(dictionary, policy)
     width = residual_width(policy)
     if width != dictionary.d_model:
         raise AuditError(

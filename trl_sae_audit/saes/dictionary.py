@@ -21,14 +21,14 @@ _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Encoder(Protocol):
-    """How activations of the residual stream become feature activations and back."""
+    """How hidden states become feature activations and back."""
 
     def encode(self, hidden: Tensor) -> Tensor:
         """[..., d_model] → feature activations [..., d_sae]."""
         ...
 
     def decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
-        """Feature activations of `hidden` → its reconstruction [..., d_model]."""
+        """Feature activations of `hidden` → its reconstruction, or a transcoder's of the MLP's output [..., d_model]."""
         ...
 
     def output_scale(self, hidden: Tensor) -> Tensor:
@@ -78,6 +78,7 @@ class FeatureDictionary:
         offload: leave the rows where they are when the dictionary moves to a GPU, and send it the chunk that is
             computed with.
         other_hook_points: further names of the same place, which are tried where the model does not have the first.
+        reads: where the encoder reads, of a transcoder; by default what is at the hook point.
 
     Raises:
         AuditError: if `directions` is not a matrix, or has a value that is not finite.
@@ -95,6 +96,7 @@ class FeatureDictionary:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         other_hook_points: Sequence[str] = (),
+        reads: str | None = None,
     ) -> None:
         if directions.ndim != 2 or 0 in directions.shape:
             raise AuditError(
@@ -107,8 +109,10 @@ class FeatureDictionary:
         self.hook_point = hook_point
         self.choice = ""
         """Why it was chosen, where `load_dictionary("auto")` chose it."""
-        self.origin: dict[str, str] = {}
-        """Where `load_dictionary` found it, as options of a command: dictionary, sae_id, hook_point; empty where it was made in memory."""
+        self.origin: dict[str, str | bool] = {}
+        """Where `load_dictionary` found it, as options of a command: dictionary, sae_id, hook_point, transcoder; empty where it was made
+        in memory."""
+        self.reads = reads
         self.hook_names = tuple(dict.fromkeys((hook_point, *other_hook_points)))
         self.model_name = model_name
         self.neuronpedia_id = neuronpedia_id
@@ -146,6 +150,7 @@ class FeatureDictionary:
             d_model=self.d_model,
             model_name=self.model_name,
             neuronpedia_id=self.neuronpedia_id,
+            reads=self.reads,
         )
 
     def to(self, device: torch.device | str) -> FeatureDictionary:
@@ -221,6 +226,7 @@ class FeatureDictionary:
 
     def __repr__(self) -> str:
         kind = "raw directions" if self.encoder is None else type(self.encoder).__name__
+        kind = kind if self.reads is None else f"a transcoder that reads {self.reads!r}"
         return (
             f"FeatureDictionary({self.name!r}, hook_point={self.hook_point!r}, d_sae={self.d_sae}, "
             f"d_model={self.d_model}, {kind}, identity={self.identity[:12]})"

@@ -16,6 +16,7 @@ from ..errors import AuditError
 from ..io.untrusted import check_regular, read_json
 from .formats import FORMATS, read_foreign
 from .sae_files import Parts
+from .transcoders import TRANSCODERS
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
@@ -56,7 +57,7 @@ def make_sae(parts: Parts, place: str | Path) -> SAE[Any]:
     Raises:
         AuditError: arrays whose shapes do not fit together.
     """
-    kind, config_kind = SAE_CLASS_REGISTRY[parts.config["architecture"]]
+    kind, config_kind = {**SAE_CLASS_REGISTRY, **TRANSCODERS}[parts.config["architecture"]]
     sae = kind(config_kind.from_dict({**parts.config, "device": "meta"}))
     sae.cfg.device = "cpu"
     try:
@@ -129,6 +130,7 @@ def _check_shapes(weights: Path, config: Mapping[str, Any]) -> None:
     with safe_open(weights, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         kinds = {name: file.get_slice(name).get_dtype() for name in shapes}
+    sizes[1] = config.get("d_out", sizes[1])  # of a transcoder
     if shapes.get("W_dec") != sizes and shapes.get("W_dec") is not None:
         raise ValueError(f"size mismatch: W_dec is {shapes['W_dec']}, and the configuration says {sizes}")
     strange = [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import trl
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ..errors import AuditError
 from ..models.hook_points import HookPoint, layer_lists, residual_width, resolve_hook_point
-from ..models.residual_stream import TokenRules, residual_stream
+from ..models.residual_stream import TokenRules, residual_streams
 from ..models.tokenizers import Processing, text_tokenizer
-from .compatibility import model_name, same_family, same_model
+from .compatibility import find_hook_point, model_name, same_family, same_model
 from .dictionary import FeatureDictionary
 from .fit import POOR_FVU, Health, health_of
 
@@ -111,7 +111,8 @@ def diagnose(
         dictionary = dictionary.to(model.device)
 
         def measure(place: HookPoint, limit: int) -> Health:
-            stream = residual_stream(model, reader, texts, place, rules, batch_size)
+            places = [place] if place.source is None else [place, replace(place, source=None)]
+            stream = residual_streams(model, reader, texts, places, rules, batch_size)
             return health_of(stream, dictionary, limit)
 
         health = measure(hook, max_tokens)
@@ -154,12 +155,17 @@ def _check_hook(
     model: PreTrainedModel, dictionary: FeatureDictionary, checks: list[Check]
 ) -> HookPoint | None:
     try:
-        hook = resolve_hook_point(model, dictionary.hook_names)
+        hook = find_hook_point(dictionary, model)
     except AuditError as error:
         checks.append(Check("hook point", dictionary.hook_point, "bad", str(error)))
         return None
     remark = "" if hook.path == dictionary.hook_point else f"recorded as {dictionary.hook_point}"
     checks.append(Check("hook point", hook.path, "good", remark))
+    if hook.source is not None:
+        remark = (
+            "a transcoder: scores and figures are about what this MLP adds, not about the residual stream"
+        )
+        checks.append(Check("reads", f"{hook.source.path} ({hook.source.side})", "good", remark))
     return hook
 
 

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from sae_lens import SAE, JumpReLUSAE, StandardSAE, TopKSAE
 from sae_lens.saes.gated_sae import GatedSAE
+from sae_lens.saes.transcoder import SkipTranscoder, Transcoder
 from torch import Tensor, nn
+
+from .transcoders import TopKTranscoder
 
 _SLICE_BYTES = 128 * 2**20
 _FULL = (torch.float32, torch.float64)
-_SLICED = (StandardSAE, GatedSAE, JumpReLUSAE, TopKSAE)
+_SLICED = (StandardSAE, GatedSAE, JumpReLUSAE, TopKSAE, Transcoder)
+_CHOOSE = (TopKSAE, TopKTranscoder)
 
 
 class SaeLensEncoder:
@@ -47,11 +51,13 @@ class SaeLensEncoder:
             return self.sae.encode(hidden)
         parts = [part.encode(hidden) for part in self._slices(hidden.device)]
         joined = torch.cat(parts, dim=-1)
-        return self.sae.activation_fn(joined) if isinstance(self.sae, TopKSAE) else joined
+        return self.sae.activation_fn(joined) if isinstance(self.sae, _CHOOSE) else joined
 
     @torch.no_grad()
     def decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
         decoded = self._decode(activations, self._expected(hidden))
+        if isinstance(self.sae, SkipTranscoder):
+            return decoded + hidden @ self.sae.W_skip.T.to(hidden)
         return decoded + hidden.mean(-1, keepdim=True) if self.centered else decoded
 
     def _decode(self, activations: Tensor, hidden: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ class SaeLensEncoder:
         """The SAE a slice of features at a time, none narrower than the k that TopK chooses."""
         d_model, d_sae = self.sae.W_enc.shape
         width = _SLICE_BYTES // (4 * d_model)
-        if isinstance(self.sae, TopKSAE):
+        if isinstance(self.sae, _CHOOSE):
             width = max(width, 2 * self.sae.cfg.k)
         count = -(-d_sae // max(width, 1))
         ends = [d_sae * number // count for number in range(count + 1)]
@@ -130,6 +136,6 @@ def with_parameters(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
 
 
 def _part(name: str, value: Tensor, features: slice) -> Tensor:
-    if name == "b_dec":
+    if name in ("b_dec", "W_skip"):
         return value
     return value[:, features] if name == "W_enc" else value[features]

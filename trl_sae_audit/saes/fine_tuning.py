@@ -30,7 +30,7 @@ def load_start(source: str, sae_id: str | None, width: int) -> SAE[Any]:
             expects its input normalised or centred.
     """
     sae = load_release(source, sae_id) if sae_id is not None else load_directory(Path(source), None)
-    refuse_unsuitable(sae, source)
+    refuse_unsuitable(sae, source, transcoder=True)
     kind, cfg = sae.cfg.architecture(), sae.cfg
     if kind not in _TRAINABLE:
         raise AuditError(

@@ -18,6 +18,8 @@ POOR_FVU = 0.5
 class Health:
     """Fit of a dictionary on the tokens it was given.
 
+    Of a transcoder h is what it writes, the MLP's output, and ĥ what it makes of the MLP's input.
+
     Attributes:
         fvu: fraction of variance unexplained, Σ‖h − ĥ‖² / Σ‖h − mean(h)‖². 0 is perfect, 1 is no better than
             the mean of the tokens.
@@ -64,11 +66,12 @@ class HealthTotals:
         self._shift: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, hidden: Tensor, weight: Tensor | None = None) -> None:
+    def update(self, hidden: Tensor, weight: Tensor | None = None, written: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             hidden: [n, d_model], of any float type.
+            written: what is to be explained [n, d_model], where that is not `hidden`.
             weight: [n], how much each token counts: a mask, or None for all alike. What is in a row of
                 weight 0 does not matter, not even NaN.
         """
@@ -79,8 +82,11 @@ class HealthTotals:
         if self.dictionary.encoder is None:
             return
         rows = self.dictionary.tokens_at_once
-        for some, weights in zip(hidden.split(rows), weight.split(rows), strict=True):
-            self._add(some.to(self.dictionary.device, torch.float32), weights)
+        target = hidden if written is None else written
+        parts = (values.split(rows) for values in (hidden, target, weight))
+        for read, explained, weights in zip(*parts, strict=True):
+            read, explained = (some.to(self.dictionary.device, torch.float32) for some in (read, explained))
+            self._add(read, explained, weights)
 
     def result(self) -> Health:
         """The figures so far; reads them from the device."""
@@ -100,14 +106,14 @@ class HealthTotals:
         """Share of the tokens on which each feature was active: [d_sae], NaN without tokens."""
         return (self._firing / self._tokens).to(torch.float32)
 
-    def _add(self, hidden: Tensor, weight: Tensor) -> None:
+    def _add(self, hidden: Tensor, written: Tensor, weight: Tensor) -> None:
         counts = (weight > 0)[:, None]
         hidden = torch.where(counts, hidden, 0.0)
         activations = self.dictionary.encode(hidden)
-        error = torch.where(counts, hidden - self.dictionary.reconstruct(hidden, activations), 0.0)
+        error = torch.where(counts, written - self.dictionary.reconstruct(hidden, activations), 0.0)
         if self._shift is None:  # sums of squares about a point near the mean lose no digits
-            self._shift = torch.where(counts, hidden, torch.nan).nanmedian(0).values.nan_to_num(0.0)
-        centred = torch.where(counts, hidden - self._shift, 0.0)
+            self._shift = torch.where(counts, written, torch.nan).nanmedian(0).values.nan_to_num(0.0)
+        centred = torch.where(counts, written - self._shift, 0.0)
         wide = self._tokens.dtype
         lost, variance = error.square().sum(-1), centred.square().sum(-1)
         shares = (lost / variance.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
@@ -125,10 +131,14 @@ def unknown_health(tokens: float) -> Health:
 
 
 def health_of(stream: Iterable[Tensor], dictionary: FeatureDictionary, max_tokens: int) -> Health:
-    """Health of `dictionary` on about the first `max_tokens` rows of a stream of hidden states [n, d_model]."""
+    """Health of `dictionary` on about the first `max_tokens` rows of a stream of hidden states [n, d_model].
+
+    Of a transcoder the stream has what it reads and what it writes, side by side [n, 2 · d_model].
+    """
     totals, tokens = HealthTotals(dictionary), 0
-    for hidden in stream:
-        totals.update(hidden)
+    for states in stream:
+        hidden, written = states[:, : dictionary.d_model], states[:, -dictionary.d_model :]
+        totals.update(hidden, written=written)
         tokens += len(hidden)
         if tokens >= max_tokens:
             break
@@ -136,8 +146,13 @@ def health_of(stream: Iterable[Tensor], dictionary: FeatureDictionary, max_token
 
 
 @torch.no_grad()
-def health(dictionary: FeatureDictionary, hidden: Tensor, weight: Tensor | None = None) -> Health:
-    """Health of `dictionary` on hidden states [n, d_model], weighted by `weight` [n] if given."""
+def health(
+    dictionary: FeatureDictionary,
+    hidden: Tensor,
+    weight: Tensor | None = None,
+    written: Tensor | None = None,
+) -> Health:
+    """Health of `dictionary` on hidden states [n, d_model], as `HealthTotals.update` takes them."""
     totals = HealthTotals(dictionary)
-    totals.update(hidden, weight)
+    totals.update(hidden, weight, written)
     return totals.result()

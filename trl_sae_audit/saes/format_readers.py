@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def _linear(weights: Weights, encoder: str = "encoder", decoder: str = "decoder"
 
 def read_gemma_scope(files: SaeFiles) -> Parts:
     place = files.place.as_posix()
-    if re.search(r"gemma-scope-[^/]*-(mlp|att|transcoders)", place):
+    if re.search(r"gemma-scope-[^/]*-(mlp|att)", place):
         raise AuditError(
             f"{str(files.place)!r} is an SAE of an MLP or of attention, not of the residual stream; take gemma-scope-…-res."
         )
@@ -37,17 +38,25 @@ def read_gemma_scope(files: SaeFiles) -> Parts:
         (f"W_{key[2:]}" if key.lower().startswith("w_") else key): value
         for key, value in files.weights.items()
     }
+    if re.search(r"gemma-scope-[^/]*-transcoders", place):
+        # trained with the norm's gain folded into the MLP: it reads what the norm makes before that
+        places = {
+            "hook_name": layer and f"blocks.{layer}.ln2.hook_normalized",
+            "hook_name_out": layer and f"blocks.{layer}.hook_mlp_out",
+        }
+        return _transcoder("jumprelu_transcoder", state, {"model_name": name, **places})
     metadata = {"model_name": name, "hook_name": layer and f"blocks.{layer}.hook_resid_post"}
     return make_parts("jumprelu", state, metadata, subtracts_b_dec=False)
 
 
+def _transcoder(architecture: str, state: Weights, metadata: Mapping[str, Any], **own: Any) -> Parts:
+    """A transcoder that reads and writes at one width, as sae-lens makes one."""
+    d_out = state["W_dec"].shape[-1]
+    return make_parts(architecture, state, metadata, subtracts_b_dec=False, d_out=d_out, **own)
+
+
 def read_gemma_scope_2(files: SaeFiles) -> Parts:
     hook = files.config["hf_hook_point_in"]
-    if "hf_hook_point_out" in files.config or "affine_skip_connection" in files.weights:
-        raise AuditError(
-            f"{str(files.place)!r} is a transcoder: its decoder writes elsewhere than its encoder reads. Take an SAE of "
-            "resid_post."
-        )
     model = "google/" + str(files.config["model_name"]).removeprefix("google/").replace("-v3", "-3")
     layer = files.find(r"layer_(\d+)")
     metadata = {
@@ -57,6 +66,18 @@ def read_gemma_scope_2(files: SaeFiles) -> Parts:
     }
     own = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
     state = {name.replace("w_", "W_"): files.weights[name] for name in own}
+    if "hf_hook_point_out" in files.config or "affine_skip_connection" in files.weights:
+        if state["W_dec"].ndim != 2:
+            raise AuditError(
+                f"{str(files.place)!r} is a cross-layer transcoder: it writes in every layer above the one that it reads, and no "
+                "gradient at one place can be read in that. Take a transcoder of one MLP, or an SAE of resid_post."
+            )
+        places = {"hf_hook_name": hook, "hf_hook_name_out": files.config.get("hf_hook_point_out")}
+        places |= {"model_name": metadata["model_name"]}
+        if "affine_skip_connection" not in files.weights:
+            return _transcoder("jumprelu_transcoder", state, places)
+        skip = {"W_skip": files.weights["affine_skip_connection"].T}  # its file has [d_in, d_out]
+        return _transcoder("jumprelu_skip_transcoder", state | skip, places)
     return make_parts("jumprelu", state, metadata, subtracts_b_dec=False)
 
 
@@ -146,14 +167,15 @@ def read_sparsify(files: SaeFiles) -> Parts:
     """EleutherAI's: the decoder's bias is always subtracted, whatever `normalize_decoder` says; `W_dec` is [latents, d_in]."""
     config = files.config
     kind = config.get("activation", "topk")
-    if (
-        config.get("transcode")
-        or config.get("skip_connection")
-        or files.place.name.endswith((".mlp", ".attn"))
-    ):
+    transcodes = bool(config.get("transcode"))
+    if not transcodes and (config.get("skip_connection") or files.place.name.endswith((".mlp", ".attn"))):
         raise AuditError(
-            f"{str(files.place)!r} does not read and write the residual stream (a transcoder, an MLP or attention); take one "
-            "called layers.N."
+            f"{str(files.place)!r} does not read and write the residual stream (an MLP or attention); take one called layers.N."
+        )
+    if config.get("normalize_io") or config.get("cross_layer"):
+        raise AuditError(
+            f"{str(files.place)!r} was trained with {'normalize_io' if config.get('normalize_io') else 'cross_layer'}, which is "
+            "not read here; take another."
         )
     if kind != "topk" or config.get("signed"):
         raise AuditError(
@@ -166,11 +188,15 @@ def read_sparsify(files: SaeFiles) -> Parts:
         "W_dec": files.weights["W_dec"],
         "b_dec": files.weights["b_dec"],
     }
+    model = _beside(files, "model")
+    if transcodes:
+        skip = files.weights.get("W_skip", torch.zeros(2 * state["W_dec"].shape[1:]))
+        place = files.find(r"/((?:layers|h)\.\d+\.mlp)$")
+        places = {"hf_hook_name": place and f"{place}.input", "hf_hook_name_out": place and f"{place}.output"}
+        metadata = {"model_name": model, **places}
+        return _transcoder("topk_transcoder", {**state, "W_skip": skip}, metadata, k=config["k"])
     layer = files.find(r"layers[._](\d+)$")
-    metadata = {
-        "hook_name": layer and f"blocks.{layer}.hook_resid_post",
-        "model_name": _beside(files, "model"),
-    }
+    metadata = {"hook_name": layer and f"blocks.{layer}.hook_resid_post", "model_name": model}
     return make_parts("topk", state, metadata, subtracts_b_dec=True, k=config["k"])
 
 
@@ -235,8 +261,8 @@ def read_qwen_scope(files: SaeFiles) -> Parts:
 def _check_one_place(files: SaeFiles, hook_in: str, hook_out: str) -> None:
     if hook_in != hook_out:
         raise AuditError(
-            f"{str(files.place)!r} reads {hook_in} and writes {hook_out}: a transcoder, in whose features a gradient at one "
-            "place cannot be read. Take an SAE of the residual stream."
+            f"{str(files.place)!r} reads {hook_in} and writes {hook_out}: a transcoder of this format has a scale for either place, "
+            "which is not read here. Take an SAE of the residual stream, or a transcoder of sae-lens' registry."
         )
 
 

@@ -13,7 +13,10 @@ Size: TypeAlias = Annotated[int, Field(gt=0, lt=2**53)]
 
 @dataclass(frozen=True)
 class DictionaryInfo:
-    """What a run record or an audit keeps of a dictionary."""
+    """What a run record or an audit keeps of a dictionary.
+
+    `reads` is where a transcoder's encoder reads, which writes at `hook_point`; None for all others.
+    """
 
     name: str
     identity: str
@@ -22,6 +25,7 @@ class DictionaryInfo:
     d_model: Size
     model_name: str | None = None
     neuronpedia_id: str | None = None
+    reads: str | None = None
 
 
 def describe(entry: Mapping[str, Any]) -> DictionaryInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from .dictionary import FeatureDictionary
 from .directories import load_directory
 from .encoder import SaeLensEncoder, can_be_sliced, rescales, with_parameters
 from .releases import load_release
+from .transcoders import refuse_across_layers, transcoder_places
+
+logger = logging.getLogger(__name__)
 
 _ROWS_BYTES = 64 * 2**20
 _NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
@@ -38,6 +42,7 @@ def load_dictionary(
     dtype: torch.dtype | None = None,
     offload: bool = False,
     converter: str | None = None,
+    transcoder: bool = False,
     model: nn.Module | None = None,
     tokenizer: Processing | None = None,
     texts: Sequence[str] | None = None,
@@ -63,12 +68,15 @@ def load_dictionary(
         offload: leave the weights in the host's memory when the dictionary moves to a GPU, and send the GPU 128 MiB of them at a
             time. For dictionaries that take more of the GPU than you can spare.
         converter: the format, "sae_lens" or one of `formats.FORMATS`; by default the files tell.
+        transcoder: also take a transcoder of one MLP, which is refused otherwise: its encoder reads the MLP's input, and the
+            gradient is read at the MLP's output, so that its scores are about what the MLP adds to the residual stream. What is
+            printed and recorded says so. Its places are those that it records.
         model: with "auto", the model that will be trained or audited.
         tokenizer, texts: with "auto", to choose by the fit on these texts.
 
     Raises:
         AuditError: unknown release or id, release not downloaded and the hub out of reach, a directory
-            that is missing, damaged or of an unknown architecture, a transcoder, an SAE that does not
+            that is missing, damaged or of an unknown architecture, a transcoder that was not asked for, an SAE that does not
             read the residual stream or whose input normalisation is unknown, or an architecture that cannot be
             kept as asked.
     """
@@ -100,21 +108,31 @@ def load_dictionary(
     else:
         path = Path(source)
         sae, default_name = load_directory(path, converter), path.resolve().name
-    dictionary = _as_dictionary(sae, name or default_name, hook_point, dtype, offload)
+    if isinstance(sae, Transcoder):
+        refuse_across_layers(sae, default_name)
+        if "transcoder" not in default_name.lower():
+            default_name = f"{default_name}-transcoder"  # wherever a dictionary is named, it is said
+    dictionary = _as_dictionary(sae, name or default_name, hook_point, dtype, offload, transcoder)
     if isinstance(source, str | Path):
-        dictionary.origin = _origin(source, sae_id=sae_id, hook_point=hook_point)
+        asked = True if dictionary.reads else None
+        dictionary.origin = _origin(source, sae_id=sae_id, hook_point=hook_point, transcoder=asked)
     return dictionary.to(device)
 
 
-def _origin(source: str | Path, **options: str | None) -> dict[str, str]:
+def _origin(source: str | Path, **options: str | bool | None) -> dict[str, str | bool]:
     given = {name: value for name, value in options.items() if value is not None}
     return {"dictionary": absolute_place(source), **given}
 
 
 def _as_dictionary(
-    sae: SAE[Any], name: str, hook_point: str | None, dtype: torch.dtype | None, offload: bool
+    sae: SAE[Any],
+    name: str,
+    hook_point: str | None,
+    dtype: torch.dtype | None,
+    offload: bool,
+    transcoder: bool,
 ) -> FeatureDictionary:
-    refuse_unsuitable(sae, name)
+    refuse_unsuitable(sae, name, transcoder)
     _refuse_not_finite(sae, name)
     if not can_be_sliced(sae) or sae.dtype == torch.float64:
         if not can_be_sliced(sae) and (dtype not in (None, torch.float32) or offload):
@@ -123,8 +141,22 @@ def _as_dictionary(
             )
         sae = with_parameters(sae, {part: value.float() for part, value in sae.named_parameters()})
     metadata = sae.cfg.metadata.to_dict()
-    recorded = [metadata[key] for key in ("hf_hook_name", "hook_name") if metadata.get(key)]
-    hook_point, *others = [hook_point] if hook_point else recorded or [None]
+    reads, others = None, []
+    if isinstance(sae, Transcoder):
+        if hook_point:
+            raise AuditError(
+                f"Transcoder {name!r} has two places, and one hook_point does not say which is meant; omit it. Other places than "
+                "those it records: set hook_name and hook_name_out in its metadata."
+            )
+        reads, hook_point = transcoder_places(sae, name)
+        logger.warning(
+            "Dictionary %r is a transcoder: its encoder reads %s, its decoder writes %s, and its scores are about what this MLP adds, "
+            "not about the whole residual stream.",
+            *(name, reads, hook_point),
+        )
+    elif not hook_point:
+        recorded = [metadata[key] for key in ("hf_hook_name", "hook_name") if metadata.get(key)]
+        hook_point, *others = recorded or [None]
     if not hook_point:
         raise AuditError(f"SAE {name!r} does not record where it hooks; {SET_HOOK_POINT}.")
     dictionary = FeatureDictionary(
@@ -136,6 +168,7 @@ def _as_dictionary(
         dtype=dtype,
         offload=offload,
         other_hook_points=others,
+        reads=reads,
     )
     if dtype not in (None, sae.W_enc.dtype):
         decoder = sae.W_dec.to(dtype) if rescales(sae) else dictionary.decoder
@@ -159,14 +192,15 @@ def _inference_form(sae: TrainingSAE[Any]) -> SAE[Any]:
     return inference
 
 
-def refuse_unsuitable(sae: SAE[Any], name: str) -> None:
+def refuse_unsuitable(sae: SAE[Any], name: str, transcoder: bool = False) -> None:
     """Raises:
     AuditError: what cannot be read as a dictionary of the residual stream, or expects an input that is not known.
     """
-    if isinstance(sae, Transcoder):
+    if isinstance(sae, Transcoder) and not transcoder:
         raise AuditError(
-            f"{name!r} is a transcoder: its decoder writes elsewhere than its encoder reads, so a gradient at one "
-            "place cannot be read in its features. Take an SAE of the residual stream."
+            f"{name!r} is a transcoder: its encoder reads an MLP's input and its decoder writes that MLP's output, so its scores "
+            "are about what the MLP adds, not about the residual stream. Take an SAE of the residual stream, or ask for it: "
+            "transcoder=True (on the command line --transcoder)."
         )
     if isinstance(sae, TemporalSAE):
         raise AuditError(

@@ -231,12 +231,11 @@ class ParameterGradient:
                     assert leaf.grad is not None
                     arriving.append(leaf.grad)
                 hidden.backward(torch.cat(arriving))
-        assert here.gradient is not None
-        assert here.hidden is not None
         log_probs = scatter(torch.cat(values).float(), predicted)
         return BatchGradients(
             gradient=here.gradient / scale,
-            hidden=here.hidden,
+            hidden=here.read,
+            written=here.written,
             positions=F.pad(predicted, (0, 1)),
             log_probs=log_probs.sum(1),
             weights=F.pad(scatter(-weighed.weights.float(), predicted), (1, 0)),

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from ...errors import AuditError
-from ...models.hook_points import HookPoint, layer_output
+from ...models.hook_points import HookPoint
 from ...models.residual_stream import evaluation_mode, last_hidden_state, run_until
 from ...saes.dictionary import FeatureDictionary
 from ..gradients import scatter
@@ -268,15 +267,15 @@ class Lookahead:
 
     @contextmanager
     def unmoved_states(self) -> Iterator[list[Tensor]]:
-        """What the hook point puts out [rows, tokens, d_model], pass by pass, while passes differentiate forward at the parameters as
+        """What is read at the hook point [rows, tokens, d_model], pass by pass, while passes differentiate forward at the parameters as
         they are."""
         seen: list[Tensor] = []
 
-        def watch(module: nn.Module, args: Any, output: Any) -> None:
+        def watch(hidden: Tensor) -> None:
             if self.jvp.differentiating:
-                seen.append(forward_ad.unpack_dual(layer_output(output)).primal.detach())
+                seen.append(forward_ad.unpack_dual(hidden).primal.detach())
 
-        handle = self.point.module.register_forward_hook(watch)
+        handle = self.point.on_read(watch)
         try:
             yield seen
         finally:
