@@ -23,12 +23,13 @@ def test_a_token_inside_a_word_shows_the_word_and_single_contexts_some_neighbour
     assert words_of([("", "Yes", ", it is")]) == "Yes, it"
 
 
-def test_special_tokens_are_no_words():
-    assert words_of([("so it ends.", "<|im_end|>", "")]) == "it ends."
+def test_special_tokens_are_no_words_but_where_a_feature_is_active_on_them():
+    assert words_of([("so it ends.", "<|im_end|>", "")]) == "ends. [end]"
     ends = [("you know this well .", "<eos>", ""), ("I know this well .", "<eos>", "")]
-    assert words_of(ends) == "know this well ."
-    assert words_of([("as always", "<｜end▁of▁sentence｜>", "")]) == "as always"
-    assert words_of([("", "<eos>", ""), ("", "</s>", "")]) == "<eos> · </s>"
+    assert words_of(ends) == "know this well . [end]"
+    assert words_of([("as always", "<｜end▁of▁sentence｜>", "")]) == "as always [end]"
+    assert words_of([("", "<eos>", ""), ("", "<bos>", "")]) == "[end] · <bos>"
+    assert words_of([("all is ", "well", " .<eos>")]) == "all is well"
     assert words_of([("write <b>", "bold", "</b> here <eos>")]) == "write <b>bold"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +21,9 @@ _SPECIAL = re.compile(
     re.IGNORECASE,
 )
 """Tokens that no one wrote: the end of an answer, of a turn."""
+_END = re.compile(r"eos|/s>|end|eot", re.IGNORECASE)
+END = "[end]"
+"""How words say that a feature is active where an answer or a turn ends."""
 
 Context = tuple[str, str, str]
 """Text before the place, at it, after it."""
@@ -91,7 +93,7 @@ def _key(phrase: str) -> str:
 def _split(before: str, at: str, after: str) -> tuple[list[str], int]:
     """The words of a context, each with the space before it, and which of them has the place.
 
-    Special tokens are no words: where the place is at one, the word before it has it, unless there are no others.
+    Special tokens are no words but where they have the place themselves; those of an end are shown as `END`.
     """
     text = before + at + after
     mark = len(before) + len(at) - len(at.lstrip()) if at.strip() else max(0, len(before) - 1)
@@ -101,10 +103,11 @@ def _split(before: str, at: str, after: str) -> tuple[list[str], int]:
     place = next((n for n, (_, end) in enumerate(spans) if end > mark), len(spans) - 1)
     starts = [0, *(end for _, end in spans)]
     tokens = [text[start:end] for start, (_, end) in zip(starts, spans, strict=False)]
-    written = [n for n, token in enumerate(tokens) if not _SPECIAL.fullmatch(token.strip())]
-    if not written:
-        return tokens, place
-    return [tokens[n] for n in written], max(0, bisect_right(written, place) - 1)
+    special = [bool(_SPECIAL.fullmatch(token.strip())) for token in tokens]
+    if special[place] and _END.search(tokens[place]):
+        tokens[place] = f" {END}"
+    kept = [n for n in range(len(tokens)) if n == place or not special[n]]
+    return [tokens[n] for n in kept], kept.index(place)
 
 
 def _phrase(group: Sequence[tuple[list[str], int]]) -> str:
