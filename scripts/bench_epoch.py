@@ -23,20 +23,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench_lookahead import TINY
 from bench_overhead import with_encoder
 from datasets import Dataset
 from meter import Stages
-from tiny import quiet_config, tiny_parts
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import model_parser, parts_of, quiet_config
 from trl import DPOTrainer
 
-from trl_sae_audit import LookaheadConfig, audit_preferences, load_dictionary
+from trl_sae_audit import LookaheadConfig, audit_preferences
 from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 from trl_sae_audit.audit.lookahead.run import AuditLookahead
 from trl_sae_audit.audit.lookahead.sampled_tokens import SampledTokens
-from trl_sae_audit.data.opener import iterate_rows
 
 PARTS = {
     "the pass over the pairs": (Lookahead, "take"),
@@ -46,12 +42,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="directory; a random tiny Llama without it")
-    parser.add_argument("--dictionary", "--sae", dest="sae")
-    parser.add_argument("--dataset", "--data", dest="data")
+    parser = model_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=512)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=256)
@@ -117,18 +108,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
 
 def load(options: argparse.Namespace) -> tuple[int, Callable[[], Any]]:
     """Bytes of the parameters, and the run."""
-    if options.model:
-        build: Callable[[], nn.Module] = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
-            options.model, dtype="float32"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        dictionary = load_dictionary(options.sae)
-        columns = [row.columns for row in iterate_rows(options.data) if row.columns is not None]
-        keep = ("prompt", "chosen", "rejected")
-        rows = [{name: row[name] for name in keep} for row in columns[: options.pairs]]
-    else:
-        build, tokenizer, dataset, dictionary = tiny_parts(**TINY, pairs=options.pairs)
-        rows = [dict(row) for row in dataset]
+    build, tokenizer, rows, dictionary = parts_of(options, options.pairs)
     dictionary = with_encoder(dictionary)
     model, reference = build(), build() if options.alone == "training" else None
 

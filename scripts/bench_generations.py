@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from scipy.stats import bootstrap
-from tiny import quiet_config, tiny_parts
+from tiny import TINY, quiet_config, tiny_parts
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
@@ -26,8 +26,6 @@ from trl_sae_audit import Sampling
 from trl_sae_audit.callbacks.generation_prompts import DRAWN
 from trl_sae_audit.callbacks.generations import GenerationDrift
 from trl_sae_audit.models.hook_points import resolve_hook_point
-
-TINY = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
 
 
 class Timed(TrainerCallback):

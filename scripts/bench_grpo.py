@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_lookahead import TINY
 from bench_overhead import with_encoder
-from tiny import tiny_parts
+from tiny import TINY, tiny_parts
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 

@@ -22,26 +22,18 @@ from typing import Any
 
 import torch
 from meter import Stages
-from tiny import tiny_parts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import model_parser, parts_of
 from trl import DPOConfig
 
-from trl_sae_audit import LookaheadConfig, audit_preferences, load_dictionary
+from trl_sae_audit import LookaheadConfig, audit_preferences
 from trl_sae_audit.audit.objectives import PreferenceLoss
-from trl_sae_audit.data.opener import iterate_rows
 from trl_sae_audit.models.sampling import Sampling
 
-TINY = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
 STEP = 8  # pairs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="directory; a random tiny Llama without it")
-    parser.add_argument("--dictionary", "--sae", dest="sae")
-    parser.add_argument("--dataset", "--data", dest="data")
+    parser = model_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
@@ -79,14 +71,8 @@ def main() -> None:
 
 def load(options: argparse.Namespace) -> tuple[int, int, dict[str, Callable[[], Any]]]:
     """Bytes of the parameters, tokens of the pairs, and the two runs."""
-    if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        dictionary = load_dictionary(options.sae)
-        rows = [row.columns for row in iterate_rows(options.data) if row.columns is not None][: options.pairs]
-    else:
-        build, tokenizer, dataset, dictionary = tiny_parts(**TINY, pairs=options.pairs)
-        model, rows = build(), [dict(row) for row in dataset]
+    build, tokenizer, rows, dictionary = parts_of(options, options.pairs)
+    model = build()
     config = DPOConfig("unused", max_length=options.max_length, bf16=False, report_to="none", use_cpu=True)
     loss = PreferenceLoss(tokenizer, config)
     examples = loss.tokenize([(number, row) for number, row in enumerate(rows)])

@@ -30,7 +30,7 @@ from rich.table import Table
 from sae_lens import SAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from scipy.stats import bootstrap
-from tiny import Parts, quiet_config, tiny_parts
+from tiny import TINY, Parts, quiet_config, tiny_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
@@ -46,7 +46,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "token scores": {"selection": False, "token_scores": True},
 }
 VARIANTS = ("without", *OPTIONS, "naive, every token")
-TINY = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
 
 
 class NaiveCallback(TrainerCallback):

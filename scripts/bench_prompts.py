@@ -23,19 +23,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_lookahead import TINY
-from tiny import tiny_parts
+from tiny import model_parser, parts_of
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
-from trl_sae_audit import load_dictionary
 from trl_sae_audit.audit.lookahead.generations import Generations
 from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
 from trl_sae_audit.audit.lookahead.sampled_tokens import SampledTokens, SharedPrompts
 from trl_sae_audit.audit.objectives import PreferenceLoss
-from trl_sae_audit.data.opener import iterate_rows
 from trl_sae_audit.models import sampling as sampling_module
 from trl_sae_audit.models.hook_points import resolve_hook_point
 from trl_sae_audit.models.residual_stream import last_hidden_state
@@ -43,29 +39,18 @@ from trl_sae_audit.models.sampling import Sampling, sample_ids
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="directory; a random tiny Llama without it")
-    parser.add_argument("--dictionary", "--sae", dest="sae")
-    parser.add_argument("--dataset", "--data", dest="data")
+    parser = model_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    if options.model:
-        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        dictionary = load_dictionary(options.sae)
-        columns = [row.columns for row in iterate_rows(options.data) if row.columns is not None]
-    else:
-        build, tokenizer, dataset, dictionary = tiny_parts(**TINY, pairs=options.prompts)
-        model, columns = build(), [dict(row) for row in dataset]
+    build, tokenizer, rows, dictionary = parts_of(options, options.prompts)
+    model: Any = build()
     model.eval()
     config = DPOConfig("unused", max_length=options.max_length, bf16=False, report_to="none", use_cpu=True)
     loss = PreferenceLoss(tokenizer, config)
-    examples = loss.tokenize(list(enumerate(columns[: options.prompts])))
+    examples = loss.tokenize(list(enumerate(rows)))
     point = resolve_hook_point(model, dictionary.hook_names)
     ahead = Lookahead(
         model, point, dictionary, loss, UpdateRule(), lambda: [examples], lambda: [], method="forward"

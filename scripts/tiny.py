@@ -5,8 +5,10 @@ And the configuration of a trainer that does nothing but train.
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,20 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from trl import DPOConfig
 
-from trl_sae_audit import FeatureDictionary
+from trl_sae_audit import FeatureDictionary, load_dictionary
+from trl_sae_audit.data.opener import iterate_rows
 
+TINY: dict[str, Any] = {"width": 256, "layers": 4, "features": 4096, "hook_point": "model.layers.2"}
+"""What the benchmarks run on without a model of their own."""
 Parts = tuple[Callable[[], LlamaForCausalLM], PreTrainedTokenizerFast, Dataset, FeatureDictionary]
 
 
@@ -78,6 +89,31 @@ def tiny_parts(
         return LlamaForCausalLM(config)
 
     return build, tokenizer, Dataset.from_list(rows), FeatureDictionary(directions, hook_point, "random")
+
+
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that `parts_of` reads."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="directory; a random tiny Llama without it")
+    parser.add_argument("--dictionary", "--sae", dest="sae")
+    parser.add_argument("--dataset", "--data", dest="data")
+    return parser
+
+
+def parts_of(
+    options: argparse.Namespace, pairs: int
+) -> tuple[Callable[[], Any], Any, list[dict[str, Any]], FeatureDictionary]:
+    """A function that builds the model in float32, its tokenizer, `pairs` rows and the dictionary: those that were given, or a random
+    Llama of 4 layers of 256 with its own."""
+    if not options.model:
+        build, tokenizer, dataset, dictionary = tiny_parts(**TINY, pairs=pairs)
+        return build, tokenizer, [dict(row) for row in dataset], dictionary
+    columns = [row.columns for row in iterate_rows(options.data) if row.columns is not None]
+    rows = [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in columns[:pairs]]
+    load = partial(AutoModelForCausalLM.from_pretrained, options.model, dtype="float32")
+    return load, AutoTokenizer.from_pretrained(options.model), rows, load_dictionary(options.sae)
 
 
 def quiet_config(output_dir: Path, **arguments: Any) -> DPOConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -23,6 +24,7 @@ from scipy import stats
 from trl import DPOTrainer
 
 from trl_sae_audit import AuditError, FeatureAttributionCallback, FeatureDictionary, RunRecord
+from trl_sae_audit.audit import result
 from trl_sae_audit.audit.objectives import PreferenceLoss
 
 
@@ -329,3 +331,20 @@ def test_many_directions_without_an_encoder_are_kept_as_sums(model, tokenizer, c
     assert "selection" not in table
     with pytest.raises(AuditError, match="no activations"):
         audit.activation_gaps([3])
+
+
+def test_the_table_is_built_once_and_a_change_of_it_stays_with_whoever_made_it(
+    model, tokenizer, dictionary, monkeypatch
+):
+    built = []
+    plain = result.known_statistics
+    monkeypatch.setattr(result, "known_statistics", lambda *args: built.append(args) or plain(*args))
+    audit = audited(model, tokenizer, pairs(4), dictionary)
+    first = audit.features()
+    before = first.copy()
+    first["attribution"] = 0.0
+    del first["words"]
+    for read in (audit.ranking, audit.beyond_chance, audit.leads_with):
+        read()
+    pd.testing.assert_frame_equal(audit.features(), before)
+    assert len(built) == 1

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from trl_sae_audit.audit.feature_table import leading_column, rank, rank_for_readers
+from trl_sae_audit.audit.feature_table import rank, rank_for_readers
+from trl_sae_audit.audit.leading import known_scores
 from trl_sae_audit.statistics import effects_tell
 
 FEATURES = 200
@@ -32,7 +33,7 @@ def make_table(clear: int) -> pd.DataFrame:
 @pytest.mark.parametrize(("clear", "leads"), [(5, "selection"), (6, "effect_size"), (200, "effect_size")])
 def test_effects_lead_unless_fewer_are_told_from_0_than_half_of_what_chance_tells(clear, leads):
     table = make_table(clear)
-    assert leading_column(table) == leads
+    assert known_scores(table)[0] == leads
     assert rank(table)["feature"].iloc[0] == FEATURES - 1, "the table of numbers keeps its order"
     first = rank_for_readers(table)["feature"].iloc[0]
     assert first == (FEATURES - 1 if leads == "effect_size" else 0), (
@@ -43,9 +44,11 @@ def test_effects_lead_unless_fewer_are_told_from_0_than_half_of_what_chance_tell
 def test_without_selection_or_without_a_lookahead_there_is_no_choice():
     table = make_table(0)
     plain = table.drop(columns=["selection", "selection_standard_error"])
-    assert leading_column(plain) == "effect_size"
-    assert leading_column(table[["attribution", "selection", "selection_standard_error"]]) == "selection"
-    assert leading_column(table[["attribution"]]) == "attribution"
+    assert known_scores(plain)[0] == "effect_size"
+    assert known_scores(table[["attribution", "selection", "selection_standard_error"]])[0] == "selection"
+    assert known_scores(table[["attribution"]])[0] == "attribution"
+    unknown = plain.assign(effect_size=np.nan, effect_size_low=np.nan, effect_size_high=np.nan)
+    assert known_scores(unknown) == ["attribution"], "a score of no feature does not lead"
 
 
 def test_features_without_an_interval_do_not_count():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,11 +11,11 @@ import pandas as pd
 from ..io.manifest import damaged, reading
 from ..io.tables import read_frame
 from ..saes.dictionary import FeatureDictionary
-from ..statistics import effects_tell
 from .answers_file import read_groups
 from .content import FAMILIES, FEATURES, LOOKAHEAD
 from .contexts import write_frame
 from .families import find_families
+from .leading import known_scores, selection_in_standard_errors
 from .prompt_groups import by_prompt
 from .statistics import ResamplingConfig, feature_statistics
 from .store import AuditStore
@@ -132,26 +131,13 @@ def known_families(store: AuditStore, ranked: pd.DataFrame) -> np.ndarray:
     return place[ranked["feature"].to_numpy()]
 
 
-def leading_column(frame: pd.DataFrame) -> Literal["effect_size", "selection", "attribution"]:
-    """The score that leads: the effect size, unless its intervals say nothing (`statistics.effects_tell`); then selection; without
-    activations attribution."""
-    if "effect_size" in frame and (
-        "selection" not in frame
-        or effects_tell(frame["effect_size_low"].to_numpy(), frame["effect_size_high"].to_numpy())
-    ):
-        return "effect_size"
-    return "selection" if "selection" in frame else "attribution"
-
-
 def leading_score(frame: pd.DataFrame) -> pd.Series:
     """What the table is ranked by: effect size, selection in units of its standard error, or attribution."""
     return frame["effect_size"] if "effect_size" in frame else _selection_or_attribution(frame)
 
 
 def _selection_or_attribution(frame: pd.DataFrame) -> pd.Series:
-    if "selection" in frame:
-        return frame["selection"] / frame["selection_standard_error"].where(lambda error: error > 0)
-    return frame["attribution"]
+    return selection_in_standard_errors(frame) if "selection" in frame else frame["attribution"]
 
 
 def rank(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,8 +146,8 @@ def rank(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_for_readers(frame: pd.DataFrame) -> pd.DataFrame:
-    """The largest in size first, by the score that leads, see `leading_column`."""
-    effects = leading_column(frame) == "effect_size"
+    """The largest in size first, by the score that leads, see `known_scores`."""
+    effects = known_scores(frame)[:1] == ["effect_size"]
     return _largest_first(frame, frame["effect_size"] if effects else _selection_or_attribution(frame))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +24,10 @@ from .feature_table import (
     add_predictions,
     known_families,
     known_statistics,
-    leading_column,
     rank,
     rank_for_readers,
 )
+from .leading import Score, known_scores
 from .store import AuditStore
 from .text_tables import SIGNIFICANT, AuditText
 from .vocabulary import keep_vocabulary
@@ -61,7 +61,7 @@ class Audit(AuditText):
         self.manifest = store.manifest
         self.dictionary = store.dictionary()
         self.sides: tuple[str, str] = tuple(self.manifest["loss"]["sides"])
-        self._frame: pd.DataFrame | None = None
+        self._ranked: pd.DataFrame | None = None
         self._lines: np.ndarray | None = None
         self._lookahead: AuditLookahead | None = None
 
@@ -142,13 +142,14 @@ class Audit(AuditText):
         step, and probe_activation, that mean before. After an unrolled run the same two by a whole run, unrolled_change and
         unrolled_change_in_generations.
         """
-        if self._frame is None:
-            self._frame = known_statistics(self._store, self.dictionary)
-        ranked = rank(add_predictions(self._store, self._frame.copy()))
-        ranked.insert(2, "words", self._words()[ranked["feature"].to_numpy()])
-        ranked.insert(3, "family", known_families(self._store, ranked))
-        with_labels(ranked, self.labels())
-        return ranked
+        if self._ranked is None:
+            ranked = rank(add_predictions(self._store, known_statistics(self._store, self.dictionary)))
+            ranked.insert(2, "words", self._words()[ranked["feature"].to_numpy()])
+            ranked.insert(3, "family", known_families(self._store, ranked))
+            self._ranked = ranked
+        frame = self._ranked.copy()  # the caller's to change
+        with_labels(frame, self.labels())  # which may have come since
+        return frame
 
     def keep_vocabulary(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dictionary: FeatureDictionary
@@ -158,13 +159,13 @@ class Audit(AuditText):
             keep_vocabulary(self._store, self.features(), model, tokenizer, dictionary)
         PartialState().wait_for_everyone()
 
-    def leads_with(self) -> Literal["effect_size", "selection", "attribution"]:
+    def leads_with(self) -> Score:
         """The score that a reader should look at first, by which `ranking` is ordered.
 
         The effect size, unless its intervals say nothing (fewer than half of those that exclude 0 by chance do): then selection, in
         units of its standard error. Without activations attribution.
         """
-        return leading_column(self.features())
+        return next(iter(known_scores(self.features())), "attribution")
 
     def ranking(self) -> pd.DataFrame:
         """`features` in the order in which tables and reports show them: by the score of `leads_with`, the largest in size first."""
@@ -315,10 +316,10 @@ class Audit(AuditText):
             return
         arrays = lookahead.predictions()
         places, answers = lookahead.places.of_all_processes()
+        self._ranked = self._lines = None
         if PartialState().is_main_process:
             if self.manifest["settings"]["activations"]:
                 keep_generations(self._store, lookahead.tokenizer, places, answers)
-                self._lines = None
             self._store.write_arrays(LOOKAHEAD, arrays, lookahead.description)
             self._store.remove(_INFLUENCE)
             self._store.remove(FAMILIES)

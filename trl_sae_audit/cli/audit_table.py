@@ -74,11 +74,12 @@ def show(audit: Audit, top: int, output: OutputArguments, findings: Sequence[Fin
 def _also_selected(beyond: pd.DataFrame, rows: Sequence[Mapping[Hashable, Any]]) -> list[Any]:
     """The features that the data select for most surely, as far as the table by effect size does not have them: what the model
     never says by itself is in no sampled answer, and has no effect there."""
+    from ..audit.leading import selection_in_standard_errors
     from ..io.feature_labels import caption
 
     if "selection" not in beyond:
         return []
-    surely = (beyond["selection"] / beyond["selection_standard_error"]).abs().sort_values(ascending=False)
+    surely = selection_in_standard_errors(beyond).abs().sort_values(ascending=False)
     others = beyond.loc[surely.index]
     found = others[~others["feature"].isin([row["feature"] for row in rows])].head(_ALSO).to_dict("records")
     if not found:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..statistics import NORMAL_QUANTILE, effects_tell
+from ..audit.leading import known_scores, selection_in_standard_errors
+from ..statistics import NORMAL_QUANTILE
 
 SIGNIFICANT = 0.05
+DRIFT = "generation_effect_size"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Lead:
 
 LEADS = (
     Lead(
-        "generation_effect_size",
+        DRIFT,
         "drift",
         "More in what the model generates",
         "Less in what the model generates",
@@ -82,12 +84,11 @@ LEADS = (
 def known_leads(frame: pd.DataFrame) -> list[Lead]:
     """The scores that a table of features has any value of, the best first; an effect size that says nothing comes after selection, as in
     `Audit.ranking`."""
-    known = [lead for lead in LEADS if lead.name in frame and bool(frame[lead.name].notna().any())]
-    mute = "effect_size" in frame and not effects_tell(
-        frame["effect_size_low"].to_numpy(float), frame["effect_size_high"].to_numpy(float)
-    )
-    order = ["selection", "effect_size", "attribution"] if mute else [lead.name for lead in LEADS]
-    return sorted(known, key=lambda lead: order.index(lead.name) if lead.name in order else -1)
+    names: list[str] = [*known_scores(frame)]
+    if DRIFT in frame and bool(frame[DRIFT].notna().any()):
+        names.insert(0, DRIFT)
+    by_name = {lead.name: lead for lead in LEADS}
+    return [by_name[name] for name in names]
 
 
 def common_lead(frames: Sequence[pd.DataFrame]) -> Lead:
@@ -102,7 +103,7 @@ def read_lead(frame: pd.DataFrame, lead: Lead) -> pd.DataFrame:
     value = frame[lead.name].astype(float)
     q = np.full(len(frame), np.nan)
     rank = value.abs()
-    if lead.name == "generation_effect_size":
+    if lead.name == DRIFT:
         unit = (value / frame["generation_drift"]).where(frame["generation_drift"] != 0)
         low, high = (frame[f"generation_drift_{end}"] * unit for end in ("low", "high"))
         clear = (low > 0) | (high < 0)
@@ -114,13 +115,12 @@ def read_lead(frame: pd.DataFrame, lead: Lead) -> pd.DataFrame:
             clear &= (q < SIGNIFICANT) & (frame["selection"] * value > 0)
     else:
         selects = lead.name == "selection"
-        error = frame["selection_standard_error"] if selects else None
-        margin = NORMAL_QUANTILE * error if error is not None else frame["margin"]
+        margin = NORMAL_QUANTILE * frame["selection_standard_error"] if selects else frame["margin"]
         low, high = value - margin, value + margin
         q = frame["selection_q_value" if selects else "q_value"].to_numpy(float)
         clear = pd.Series(q < SIGNIFICANT, index=frame.index)
-        if error is not None:
-            rank = (value / error.where(error > 0)).abs()
+        if selects:
+            rank = selection_in_standard_errors(frame).abs()
     return pd.DataFrame(
         {
             "value": value,

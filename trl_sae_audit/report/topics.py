@@ -11,6 +11,7 @@ import pandas as pd
 from ..audit.evidence_files import Context, contexts_in
 from ..io.feature_labels import caption
 from ..io.manifest import kind_of
+from ..statistics import NORMAL_QUANTILE
 from ..text import sanitize_excerpt
 from .lead import SIGNIFICANT, known_leads, read_lead
 from .sources import ReportSource
@@ -113,7 +114,7 @@ def _read_topic(audit: Audit, topic: dict[Any, Any], cells: pd.DataFrame) -> Top
 
 
 def _read_cell(row: dict[Any, Any], contexts: pd.DataFrame) -> Cell:
-    margin = 1.96 * row["selection_standard_error"]
+    margin = NORMAL_QUANTILE * row["selection_standard_error"]
     return Cell(
         int(row["feature"]),
         sanitize_excerpt(caption(row), 120),
