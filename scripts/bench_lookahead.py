@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from meter import Stages
+from peft import LoraConfig, get_peft_model
 from tiny import model_parser, parts_of
 from trl import DPOConfig
 
@@ -37,6 +38,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--lora", action="store_true", help="train an adapter of rank 16; its size is the unit then"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
     parser.add_argument("--memory_of", choices=("passes", "audit"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -56,7 +61,7 @@ def main() -> None:
             times[name].append(clock() - began)
     ratios = [one / other for one, other in zip(times["audit"], times["passes"], strict=True)]
     print(
-        f"{options.pairs} pairs of {tokens} tokens in all, padding not counted; a parameter size is {size / 2**20:.0f} MiB"
+        f"{options.pairs} pairs of {tokens} tokens in all, padding not counted; the size of the trained parameters is {size / 2**20:.0f} MiB"
     )
     for name, seconds in times.items():
         command = [sys.executable, *sys.argv, "--memory_of", name]
@@ -70,9 +75,13 @@ def main() -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[int, int, dict[str, Callable[[], Any]]]:
-    """Bytes of the parameters, tokens of the pairs, and the two runs."""
+    """Bytes of the trained parameters, tokens of the pairs, and the two runs."""
     build, tokenizer, rows, dictionary = parts_of(options, options.pairs)
     model = build()
+    if options.lora:
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     config = DPOConfig("unused", max_length=options.max_length, bf16=False, report_to="none", use_cpu=True)
     loss = PreferenceLoss(tokenizer, config)
     examples = loss.tokenize([(number, row) for number, row in enumerate(rows)])
@@ -102,7 +111,7 @@ def load(options: argparse.Namespace) -> tuple[int, int, dict[str, Callable[[], 
                 progress=False,
             )
 
-    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return size, tokens, {"passes": passes, "audit": audit}
 
