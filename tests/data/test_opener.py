@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, List, Value, config
 from helpers.worlds import make_dictionary, make_model, make_tokenizer, pairs
@@ -389,3 +391,11 @@ def test_a_file_is_read_without_asking_the_hub(tmp_path: Path, monkeypatch: pyte
     path.write_text('{"prompt": "a"}\n')
     assert [row.columns for row in iterate_rows(str(path))] == [{"prompt": "a"}]
     assert list(open_dataset(str(path))) == [{"prompt": "a"}]
+
+
+def test_a_date_beyond_those_of_python_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    columns = {name: pa.array(["a"]) for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(columns | {"when": pa.array([2**31 - 1], pa.int32()).cast(pa.date32())}), path)
+    with pytest.raises(AuditError, match=r"pairs\.parquet cannot be read .*days"):
+        list(iterate_rows(path))

@@ -55,7 +55,7 @@ _CLASSES: dict[str, Any] = {
 _SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 _DAMAGES = (
     *(ArrowException, DatasetsError, zlib.error, AttributeError, EOFError, LookupError, OSError),
-    *(RuntimeError, StopIteration, TypeError, ValueError),
+    *(OverflowError, RuntimeError, StopIteration, TypeError, ValueError),
 )
 """What `datasets` and the libraries below it raise at broken files."""
 
