@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--a_picture", type=int, default=3, help="commands on a picture")
     options = parser.parse_args()
     helps = [] if options.no_helps else [["--help"], *([name, "--help"] for name in COMMANDS)]
-    lines = options.run.read_text().splitlines() if options.run else []
+    lines = options.run.read_text(encoding="utf-8").splitlines() if options.run else []
     commands = [*helps, *(shlex.split(line) for line in lines if line.strip())]
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for width in options.widths:

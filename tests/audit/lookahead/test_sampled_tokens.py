@@ -64,12 +64,11 @@ def test_predictions_are_those_of_whole_rows(tokenizer, monkeypatch, method):
 
 
 def test_they_are_with_a_window_shorter_than_the_prompts(tokenizer, monkeypatch):
-    model = make_mistral(tokenizer)
-    dictionary = topk()
+    monkeypatch.setattr("helpers.lookaheads.HOOK", "model.layers.1")
+    model, dictionary = make_mistral(tokenizer), topk()
     batches = answers_of(model, tokenizer, PROMPTS, 4, 6)
     shared = [SharedPrompts.of(batch) for _, batch in batches]
     assert all(shared)
-    monkeypatch.setattr("helpers.lookaheads.HOOK", "model.layers.1")
     found = predict(model, tokenizer, dictionary, batches)
     monkeypatch.setattr(generations, "share_prompts", lambda ahead, answers: None)
     for name, values in predict(model, tokenizer, dictionary, batches).items():
