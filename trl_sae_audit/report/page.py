@@ -88,7 +88,8 @@ def write_report(
     page = _render(opened, title, note, beside, reload_seconds, version)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(target, page.encode("utf-8"))
+        # half a surrogate pair, as in the name of a file that is not UTF-8, is no character: it is shown as "?"
+        write_durably(target, page.encode("utf-8", "replace"))
     except OSError as error:
         raise AuditError(
             f"The report could not be written to {target} ({error.strerror}); choose another --output."
