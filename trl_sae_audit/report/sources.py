@@ -23,6 +23,7 @@ from ..record.reader import RunRecord
 from ..record.rollouts import ACTIVATIONS, ROLLOUTS, TOKENS, Rollout, read_rollouts
 from ..record.rollouts import COLUMNS as ROLLOUT_COLUMNS
 from ..statistics import NORMAL_QUANTILE
+from ..text import sanitize
 
 _NUMBERS = {
     "steps": ("step", "feature", "attribution", "standard_error"),
@@ -198,7 +199,7 @@ def _read_run(directory: Path, name: str) -> ReportSource:
         record.manifest,
         record.status,
         record.last_step,
-        tuple(sides) if sides else None,
+        (sanitize(sides[0]), sanitize(sides[1])) if sides else None,
         views,
         read_outcomes(directory),
         read_evidence(directory),

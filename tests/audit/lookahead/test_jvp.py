@@ -16,7 +16,7 @@ from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 pytestmark = pytest.mark.newest  # nothing here depends on TRL's version
 
 
-@torch.library.custom_op("sae_audit_tests::linear", mutates_args=())
+@torch.library.custom_op("trl_sae_audit_tests::linear", mutates_args=())
 def silent_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A kernel of its own, such as those of quantized layers: without a forward derivative, and without saying so."""
     return x @ weight.T
