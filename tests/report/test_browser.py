@@ -183,6 +183,28 @@ def test_it_fits_and_follows_the_theme(open_page, viewport: dict[str, int], sche
     assert box["x"] + box["width"] <= viewport["width"]
 
 
+def test_print_has_its_marks_in_light_colours_and_no_long_lists(open_page) -> None:
+    page = open_page(DESKTOP, "dark")
+    page.click("#theme")  # light by choice
+    page.click("#theme")
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    is_open = "all => [...new Set(all.map((each) => each.open))]"
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    assert (
+        page.locator("main .mark").first.evaluate("mark => getComputedStyle(mark).printColorAdjust")
+        == "exact"
+    )
+    assert page.locator("main details.help").evaluate_all(is_open) == [True]
+    assert page.locator("main details.more").evaluate_all(is_open) == [False]
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert page.evaluate(background) == dark
+    assert page.locator("main details.help").evaluate_all(is_open) == [False]
+
+
 def test_heads_say_what_their_columns_are_and_sort_by_them(open_page) -> None:
     page = open_page()
     head = page.locator('table.head th[data-tip="lift"] button').first

@@ -67,7 +67,7 @@ class AuditArguments:
     )
     on_bad_row: Literal["stop", "set_aside"] = option("What to do at a row that is no pair.", "stop")
     topic_column: str | None = option(
-        "Column of the dataset that says what a prompt is about; default clusters of what the model makes of the prompts.",
+        "Column of the dataset that says what a prompt is about; default clusters of the prompts by the model's hidden states.",
         None,
     )
     seed: int = option("Of the random flips and splits of the statistics, and of sampling.", 0)
@@ -93,8 +93,29 @@ class AuditedModelArguments(ModelArguments):
     model: str = option(
         "Directory of a Hugging Face model, or its name on the Hub.",
         "",
-        main=True,
+        usual=True,
         aliases=["--model_name_or_path"],
+    )
+
+
+@dataclass
+class AuditedPreferences(PreferenceArguments):
+    """The preference pairs."""
+
+    max_rows: int | None = option("Use the first rows only: a first look.", None, main=True)
+
+
+@dataclass
+class AuditedDictionaryArguments(DictionaryArguments):
+    """The dictionary."""
+
+    dictionary: str = option(
+        "A directory of sae-lens, Gemma Scope, Llama Scope, sparsify, dictionary_learning …, or a sae-lens release or a repository on "
+        "the Hub (with --sae_id). auto: the best registered SAE of the model in the local cache, and where there is none, one trained on "
+        "the data first; it says which and why. train: always train one. What was trained is kept beside the audit.",
+        "auto",
+        main=True,
+        aliases=["--sae"],
     )
 
 
@@ -108,7 +129,9 @@ class LookaheadArguments:
         None,
     )
     no_lookahead: bool = option(
-        "Leave the lookahead out, which takes about as long as an epoch of training.", False
+        "Leave the lookahead out, which takes as long as an epoch of training, and longer where pairs are few.",
+        False,
+        main=True,
     )
     lookahead_prompts: int = option("Prompts held out of the dataset, at most a quarter of them.", 64)
     lookahead_pairs: int = option("Rows of the dataset, drawn at random, on which the step is taken.", 4096)
@@ -145,8 +168,8 @@ class EvidenceArguments:
 
 OPTIONS = (
     AuditedModelArguments,
-    PreferenceArguments,
-    DictionaryArguments,
+    AuditedPreferences,
+    AuditedDictionaryArguments,
     AuditArguments,
     RewardArguments,
     LookaheadArguments,

@@ -44,8 +44,7 @@ class DictionaryArguments:
 
     dictionary: str = option(
         "A directory of sae-lens, Gemma Scope, Llama Scope, sparsify, dictionary_learning …, or a sae-lens release or a repository on "
-        "the Hub (with --sae_id); or auto: the best registered SAE of the model in the local cache, which says why. In `audit` also "
-        "train: train one on the data first, as auto does where none is registered; it is kept beside the audit.",
+        "the Hub (with --sae_id); or auto: the best registered SAE of the model in the local cache; it says why.",
         "auto",
         main=True,
         aliases=["--sae"],

@@ -26,6 +26,21 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "1", "y", "t"), True) | dict.fromkeys(
 )
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X"}
+_CALLED = {
+    "DIR": ("audit", "filtered", "verified"),
+    "FILE": ("flags", "labels", "influence", "lookahead"),
+    "SAE": ("dictionary", "start_from"),
+    "ID": ("sae_id", "start_id"),
+    "LAYER": ("hook_point", "hook_points"),
+    "COLUMN": ("columns", "topic_column", "weight_column"),
+    "MODEL": ("judge_model", "reward_model"),
+    "TEXT": ("label", "reason", "title", "note", "prompt_separator", "system_positive", "system_negative"),
+    "LOSS": ("loss_type",),
+    "TRAIT": ("traits",),
+    "REPOSITORY": ("push_to_hub",),
+}
+_CALLED_BY_NAME = {name: called for called, names in _CALLED.items() for name in names}
+"""What the value of an option is called in the help, where its own name would say less or leave no room."""
 _MARGIN = 26
 _WIDEST = 110
 
@@ -38,7 +53,8 @@ def option(help: str, default: Any = MISSING, **more: Any) -> Any:
         default: without one the option is required.
         more: `main=True` for one that the help names first, as it does required ones; `positional=True` for one that may be
             given without its name; `metavar=` for what its value is called; `aliases=` for other names of it; `text=True` for
-            words that people write, not a path; `repeatable=True` for a list that grows each time the option is given; `negative=` for the help of `--no_x`, then named in place of `--x`.
+            words that people write, not a path; `repeatable=True` for a list that grows each time the option is given; `negative=` for the help of `--no_x`, then named in place of `--x`;
+            `usual=True` for one that the usage line shows though it is not always required.
     """
     metadata = {"help": help, **more}
     if isinstance(default, list):
@@ -113,12 +129,14 @@ class _Option:
         self.type = get_args(kind)[0] if self.many else kind
         self.choices = get_args(self.type) if get_origin(self.type) is Literal else ()
         metadata = declared.metadata
-        self.main = metadata.get("main", False) or self.default is MISSING
+        self.usual: bool = metadata.get("usual", self.default is MISSING and not may_be_known)
+        self.main = metadata.get("main", False) or self.usual or self.default is MISSING
         self.positional: bool = metadata.get("positional", False)
         self.text: bool = metadata.get("text", False)
         self.repeatable: bool = metadata.get("repeatable", False)
         self.names: list[str] = [f"--{declared.name}", *metadata.get("aliases", ())]
-        usual = "|".join(self.choices) or _METAVARS.get(self.type, self.name.upper())
+        own = self.name.upper() if self.positional else _CALLED_BY_NAME.get(self.name, self.name.upper())
+        usual = "|".join(self.choices) or _METAVARS.get(self.type, own)
         if self.name.endswith("_dir"):
             usual = "DIR"
         self.metavar: str = metadata.get("metavar", usual)
@@ -217,10 +235,8 @@ class CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         width = min(shutil.get_terminal_size().columns, _WIDEST)
         description, example = self._intro
-        required = [
-            each.usage() for each in self.options if each.default is MISSING and not each.may_be_known
-        ]
-        usage = " ".join(["usage:", self.prog, *required, "[options]"])
+        usual = [each.usage() for each in self.options if each.usual]
+        usage = " ".join(["usage:", self.prog, *usual, "[options]"])
         parts = [
             textwrap.fill(usage, width, subsequent_indent="    ", break_on_hyphens=False),
             _fill(description, width),

@@ -16,10 +16,18 @@
   }, { rootMargin: "-8% 0px -60% 0px" });
   for (const id of linkTo.keys()) if (byId(id)) watcher.observe(byId(id));
 
-  // In print everything is open
+  // In print what explains is open, the rest of a long list only if it was opened; colours are the light ones
 
-  addEventListener("beforeprint", () => { for (const each of document.querySelectorAll("main details:not([open])")) { each.open = true; each.dataset.printed = ""; } });
-  addEventListener("afterprint", () => { for (const each of document.querySelectorAll("[data-printed]")) { each.open = false; delete each.dataset.printed; } });
+  let shownTheme;
+  addEventListener("beforeprint", () => {
+    for (const each of document.querySelectorAll("main details:not([open]):not(.more)")) { each.open = true; each.dataset.printed = ""; }
+    shownTheme = root.dataset.theme;
+    root.dataset.theme = "light";
+  });
+  addEventListener("afterprint", () => {
+    for (const each of document.querySelectorAll("[data-printed]")) { each.open = false; delete each.dataset.printed; }
+    shownTheme ? (root.dataset.theme = shownTheme) : delete root.dataset.theme;
+  });
 
   // The place after a reload
 
