@@ -10,6 +10,7 @@ from helpers.report_sources import make_dictionary, make_record
 
 from trl_sae_audit import RunRecord
 from trl_sae_audit.cli import main as cli
+from trl_sae_audit.cli.compare import _about
 from trl_sae_audit.outcomes import Outcome, write_outcomes
 
 pytestmark = pytest.mark.newest  # nothing here depends on TRL's version
@@ -32,6 +33,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     write_outcomes(made[1], [{**rate, "estimate": 0.5, "low": 0.4, "high": 0.6}, Outcome("reward", 1.5)])
     return [str(path) for path in made]
+
+
+@pytest.mark.parametrize(
+    ("words", "lines", "expected"),
+    [
+        ("you know this well", 3, ["46", "you know", "this well"]),
+        ("you know this well, as I said", 3, ["46", "you know", "this…"]),
+        ("short", 3, ["46", "short", ""]),
+        ("never seen", 1, ["46"]),
+        ("never seen", 0, []),
+    ],
+)
+def test_words_go_below_the_name_in_the_lines_of_the_other_runs(
+    words: str, lines: int, expected: list[str]
+) -> None:
+    assert _about("46", words, lines, 9) == expected
 
 
 def test_json_has_the_figures(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,4 +70,13 @@ def test_what_is_flagged_tells_agreeing_answers_from_others(world: World, reader
     )
     assert {flag.feature for flag in flags} <= set(ranked.index[:20])
     assert all("disparity" in flag.reason for flag in flags)
+    assert {flag.label.split()[0] for flag in flags} == {"agrees", "disagrees"}
+    said_poorly = [flag for flag in flags if "mistaken" in flag.reason or "poorly" in flag.reason]
+    assert [
+        flag.label for flag in said_poorly if "right" not in flag.reason and "well" not in flag.reason
+    ] == [
+        f"disagrees {flag.feature}"
+        for flag in said_poorly
+        if "right" not in flag.reason and "well" not in flag.reason
+    ]
     assert not find_flags(audit, reader, "agrees", "disparity", top=1) or flags[0].feature == ranked.index[0]

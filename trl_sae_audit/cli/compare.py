@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..console import Justify, single_line, table
+from ..console import Justify, console, single_line, table
 from ..errors import AuditError
 from ..report.axes import Scale
 from ..report.text import format_number, format_signed
@@ -46,6 +47,8 @@ class CompareArguments:
 
 OPTIONS = (CompareArguments, OutputArguments)
 _FEATURE = "feature, words"
+_COMPARED, _GAP, _WORDS_LEAST = 4, 2, 16
+"""Columns beside the words that no table does without, what stands between columns, and the least that words get."""
 
 
 def run(arguments: CompareArguments, output: OutputArguments) -> int:
@@ -133,16 +136,15 @@ def _feature_table(sources: Sequence[ReportSource], rows: Sequence[FeatureRow]) 
         Scale.of(np.array(each))
         for each in zip(*((value.estimate, value.attribution) for value in values), strict=True)
     )
-    cells = []
+    names, blocks = [], []
     for row in rows:
-        about = [name_feature(row.feature, row.label) if row.label else str(row.feature), row.words]
+        names.append(name_feature(row.feature, row.label) if row.label else str(row.feature))
+        block = []
         for source, value, gap in zip(sources, row.values, row.differences, strict=True):
             if value is None:
                 continue
-            name = about.pop(0) if about else ""
             interval = f"± {format_number(scale(value.margin), 2)}"
             line = [
-                name,
                 source.name,
                 format_signed(scale(value.estimate)),
                 interval,
@@ -150,7 +152,8 @@ def _feature_table(sources: Sequence[ReportSource], rows: Sequence[FeatureRow]) 
             ]
             if lead.name != "attribution":
                 line.append(format_signed(loss_scale(value.attribution), 2))
-            cells.append(line)
+            block.append(line)
+        blocks.append(block)
     columns: dict[str, Justify] = {
         _FEATURE: "left",
         "run": "left",
@@ -163,7 +166,24 @@ def _feature_table(sources: Sequence[ReportSource], rows: Sequence[FeatureRow]) 
     if lead.name != "attribution":
         columns[f"attribution{loss_scale.unit}"] = "right"
         title = f"Which features rise: {lead.heading}{what}{scale.unit}"
+    needed = sum(
+        max(len(line[place]) for block in blocks for line in block) + _GAP for place in range(_COMPARED)
+    )
+    room = max(_WORDS_LEAST, console().width - needed)
+    cells = [
+        [about, *line]
+        for name, row, block in zip(names, rows, blocks, strict=True)
+        for about, line in zip(_about(name, row.words, len(block), room), block, strict=True)
+    ]
     return table(title, columns, cells, words=_FEATURE, optional=list(columns)[5:])
+
+
+def _about(name: str, words: str, lines: int, room: int) -> list[str]:
+    """A feature's name and below it its words, in as many lines as it has runs."""
+    if lines < 2:
+        return [name][:lines]
+    below = textwrap.wrap(words, room, max_lines=lines - 1, placeholder="…")
+    return [name, *below, *[""] * (lines - 1 - len(below))]
 
 
 def _gap(gap: Difference | None, scale: float, digits: int) -> str:

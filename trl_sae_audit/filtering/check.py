@@ -99,9 +99,9 @@ def describe_check(found: dict[str, Any]) -> list[str]:
     lines = [
         on
         + (
-            f"{', '.join(left)} would still move as the flag objects to; flag more of what carries it, or shape the reward."
+            f"{', '.join(left)} would still move the way that the flag rules out; flag more of what carries it, or shape the reward."
             if left
-            else "no flagged feature is predicted any more to move as its flag objects to."
+            else "no flagged feature is still predicted to move the way that its flag rules out."
         ),
         f"Other features beyond their interval: {moving['before']} before, {moving['after']} after.",
     ]

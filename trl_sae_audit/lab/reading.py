@@ -23,6 +23,8 @@ SUBJECTS = {
     "right": ("value",),
 }
 """Behaviour → the kinds of span (see `parsing.Span`) in which its features are active."""
+OPPOSITES = {"disagree": "disagrees"}
+"""Of these kinds the ones that are a behaviour's opposite, and what a feature of it is called."""
 TOP = 20
 """Number of features of a ranking, and of places of each feature, that are looked at."""
 MAJORITY = 0.5
@@ -79,6 +81,12 @@ class FeatureReader:
         about = self.about(feature)
         return sum(about.get(kind, 0.0) for kind in SUBJECTS[behaviour]) >= MAJORITY
 
+    def name_of(self, feature: int, behaviour: str) -> str:
+        """The behaviour, or its opposite where most of the feature's strongest places in its words lie in that."""
+        about = self.about(feature)
+        kind = max(SUBJECTS[behaviour], key=lambda each: about.get(each, 0.0))
+        return OPPOSITES.get(kind, behaviour)
+
     def _kinds(self, row: int, at: int) -> set[str]:
         here = at - self._starts[row]
         return {span.kind for span in self._spans[row] if span.start <= here < span.stop}
@@ -101,7 +109,7 @@ def find_flags(audit: Audit, reader: FeatureReader, behaviour: str, by: str, top
             Flag(
                 audit.dictionary.name,
                 int(row["feature"]),
-                label=f"{behaviour} {row['feature']}",
+                label=f"{reader.name_of(int(row['feature']), behaviour)} {row['feature']}",
                 reason=f"{by} {row[by]:+.3g}; active in “{'”, “'.join(reader.contexts(int(row['feature'])))}”",
                 direction="up" if row[by] > 0 else "down",
                 identity=audit.dictionary.identity,

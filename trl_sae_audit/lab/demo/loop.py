@@ -165,7 +165,7 @@ class Loop:
             labels={flag.feature: flag.label for flag in self.flags},
         )
         write_evidence(self.audit.directory, evidence)
-        return self.audit.directory / "evidence.md"
+        return self.directory / "audit" / "evidence.md"
 
     @cached_property
     def filter_result(self) -> FilterResult:
