@@ -1,21 +1,39 @@
-"""What an installation weighs: the files of the package's requirements and of each extra, in MB, in this environment.
+"""What an installation weighs and how long its imports take, in this environment.
 
     python scripts/bench_install.py
 
-Read from what pip noted when it installed them. An extra's weight is what it adds to the requirements; a package that is not installed
-here counts as nothing and is named.
+The files of the package, of its requirements and of each extra, in MB, are read from what pip noted when it installed them. An extra's
+weight is what it adds to the requirements; a package that is not installed here counts as nothing and is named. An import is timed in
+processes of its own, by their processor time; the median of several.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import statistics
+import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.metadata import Distribution, distribution, distributions
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import trl_sae_audit
+
 OWN = "trl-sae-audit"
+IMPORTS = {
+    "`import trl_sae_audit`": "import trl_sae_audit",
+    "`trl-sae-audit --help`": "from trl_sae_audit.cli.main import main; main(['--help'])",
+    "`from trl_sae_audit import FlagSet`": "from trl_sae_audit import FlagSet",
+    "`from trl import DPOConfig, DPOTrainer`": "from trl import DPOConfig, DPOTrainer",
+    "… and `from trl_sae_audit import FeatureAttributionCallback`": "from trl import DPOConfig, DPOTrainer; from trl_sae_audit import FeatureAttributionCallback",
+    "`from trl_sae_audit import audit_preferences, load_dictionary`": "from trl_sae_audit import audit_preferences, load_dictionary",
+}
+TIMES = 5
+_ALONE = "trl-sae-audit alone"
 
 
 def main() -> None:
@@ -30,7 +48,8 @@ def main() -> None:
     base = closure(needed, known)
     lenses = base - closure([each for each in needed if each.name != "sae-lens"], known)
     rows: list[tuple[str, set[str], list[str]]] = [
-        ("trl-sae-audit", base, []),
+        (_ALONE, set(), []),
+        ("… with all that it requires", base, []),
         ("of this torch", {"torch"}, []),
         ("of this sae-lens, and what only it needs", lenses, []),
     ]
@@ -40,9 +59,13 @@ def main() -> None:
         rows.append((f"+ [{extra}]", closure(asked, known) - base, absent))
     print("| installed | packages | MB |\n|---|---|---|")
     for what, names, absent in rows:
-        size = sum(megabytes(known[name]) for name in names)
+        size = own_megabytes() if what == _ALONE else sum(megabytes(known[name]) for name in names)
         missing = f" (not here: {', '.join(absent)})" if absent else ""
-        print(f"| {what}{missing} | {len(names)} | {size:,.0f} |")
+        print(f"| {what}{missing} | {1 if what == _ALONE else len(names)} | {size:,.{0 if size > 10 else 1}f} |")
+    print("\n| import | seconds of processor time |\n|---|---|")
+    nothing = seconds("pass")
+    for what, program in IMPORTS.items():
+        print(f"| {what} | {max(0.0, seconds(program) - nothing):.2f} |")
 
 
 def closure(asked: Iterable[Requirement], known: dict[str, Distribution]) -> set[str]:
@@ -64,6 +87,25 @@ def closure(asked: Iterable[Requirement], known: dict[str, Distribution]) -> set
 
 def megabytes(installed: Distribution) -> float:
     return sum(file.size or 0 for file in installed.files or []) / 1e6
+
+
+def own_megabytes() -> float:
+    """Of the package's own files, compiled ones left out, also where it is installed as editable."""
+    root = Path(trl_sae_audit.__file__).parent
+    return (
+        sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc") / 1e6
+    )
+
+
+def seconds(program: str) -> float:
+    """Processor time of a Python that runs `program`."""
+    taken = []
+    for _ in range(TIMES):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return statistics.median(taken)
 
 
 if __name__ == "__main__":

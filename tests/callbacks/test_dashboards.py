@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
-from helpers.worlds import make_dictionary, make_sae_dictionary
+from helpers.worlds import make_sae_dictionary
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 def callback(directory: Path) -> FeatureAttributionCallback:
-    return FeatureAttributionCallback(make_dictionary(), directory / "record", watch={"one": 1, "a|b": 2})
+    return FeatureAttributionCallback(make_sae_dictionary(), directory / "record", watch={"one": 1, "a|b": 2})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def check_table(rows: list[dict[str, Any]], run: Run) -> None:
     """The rows are the head of the record's features."""
     assert len(rows) == ROWS
     expected = run.expected.head(ROWS)
-    for name in ("feature", "label", "attribution", "q_value", "trend", *SIDES):
+    assert any(row["words"] for row in rows)
+    for name in ("feature", "words", "label", "attribution", "q_value", "trend", *SIDES):
         assert [row[name] for row in rows] == pytest.approx(expected[name].tolist(), nan_ok=True), name
 
 
@@ -75,7 +76,9 @@ def test_tensorboard(run: Run) -> None:
     assert text.step == 3
     header, _, *rows = text.tensor_proto.string_val[0].decode().splitlines()
     assert header.split(" | ")[-2:] == ["rejected", "trend |"]
-    assert [row.split(" | ")[0] for row in rows] == [f"| {n}" for n in run.expected["feature"].head(ROWS)]
+    cells = [row.removeprefix("| ").split(" | ")[:2] for row in rows]
+    first = run.expected.head(ROWS)
+    assert cells == [[str(n), words] for n, words in zip(first["feature"], first["words"], strict=True)]
 
 
 @pytest.mark.newest

@@ -35,7 +35,10 @@ from trl_sae_audit.cli import main as cli
 from trl_sae_audit.cli.parser import parse_options
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SKILL.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 SHELLS = ("sh", "bash", "shell")
 OTHER_PROGRAMS = {"cd", "git", "tensorboard", "trackio", "wandb", "mkdocs", "export", "ruff", "mypy"}
