@@ -1,6 +1,6 @@
 """What do a run's top features react to? Their strongest tokens, in context, over texts; as Markdown.
 
-python scripts/feature_contexts.py runs/dpo/sae_audit --model ./model --dictionary ./sae --texts pairs.jsonl
+python scripts/feature_contexts.py runs/dpo/sae_audit --model ./model --dictionary ./sae --dataset pairs.jsonl
 """
 
 from __future__ import annotations
