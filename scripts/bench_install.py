@@ -61,7 +61,9 @@ def main() -> None:
     for what, names, absent in rows:
         size = own_megabytes() if what == _ALONE else sum(megabytes(known[name]) for name in names)
         missing = f" (not here: {', '.join(absent)})" if absent else ""
-        print(f"| {what}{missing} | {1 if what == _ALONE else len(names)} | {size:,.{0 if size > 10 else 1}f} |")
+        print(
+            f"| {what}{missing} | {1 if what == _ALONE else len(names)} | {size:,.{0 if size > 10 else 1}f} |"
+        )
     print("\n| import | seconds of processor time |\n|---|---|")
     nothing = seconds("pass")
     for what, program in IMPORTS.items():
