@@ -47,6 +47,28 @@ def test_all_tokens_are_those_that_count() -> None:
     assert size == float(g.square().sum())
 
 
+def test_no_feature_is_active_at_an_attention_sink() -> None:
+    dictionary, tokens = make_sae_dictionary(), view()
+    counted = tokens.forward.loss_positions
+    sinks = torch.zeros_like(counted)
+    sinks[counted.nonzero()[::17].unbind(1)] = True
+    tokens.hidden[sinks] *= 100
+    observer = TokenScoreObserver(dictionary)
+    observer.begin(0, 0)
+    observer(tokens)
+    found = observer.take()
+    g, h, usual = (values[counted] for values in (tokens.gradient, tokens.hidden, ~sinks))
+    projected = g @ dictionary.directions.T
+    np.testing.assert_allclose(found.projected_squares, projected.square().sum(0), rtol=1e-4)
+    effects = projected * dictionary.encode(h) * dictionary.norms
+    np.testing.assert_allclose(found.activation_attribution, -effects[usual].sum(0), rtol=1e-3, atol=1e-5)
+    assert (effects[~usual].sum(0).abs() > 1).any()
+    counting = TokenScoreObserver(dictionary, attention_sinks=True)
+    counting.begin(0, 0)
+    counting(tokens)
+    np.testing.assert_allclose(counting.take().activation_attribution, -effects.sum(0), rtol=1e-3, atol=1e-3)
+
+
 def test_some_tokens_are_right_on_average_and_the_same_whenever_drawn_again() -> None:
     everything = scores_of(10**6, 0)
     drawn = [scores_of(10, step) for step in range(400)]

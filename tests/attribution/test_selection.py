@@ -305,6 +305,7 @@ def test_selection_equals_encoding_every_token(
         draw.index // 11,
         draw,
         counted.sum(),
+        torch.zeros(len(draw.index), dtype=torch.bool),
     )
     sides = torch.tensor([[1.0] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
     sums = SelectionSums.of(found.products, found.weights, sides, paired=True)

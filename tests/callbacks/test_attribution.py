@@ -230,6 +230,11 @@ def test_the_probe_leaves_attention_sinks_out() -> None:
         second = model(**tokenizer("w7 w8", return_tensors="pt"), output_hidden_states=True)
     tokens = torch.cat([first.hidden_states[2][0, [1, 3, 4]], second.hidden_states[2][0, 1:]])
     torch.testing.assert_close(found, dictionary.encode(tokens)[:, features].mean(0), rtol=1e-4, atol=1e-4)
+    counting = probe.mean_activations(
+        resolve_hook_point(model, HOOK_POINT), dictionary, features, attention_sinks=True
+    )
+    tokens = torch.cat([first.hidden_states[2][0, 1:], second.hidden_states[2][0, 1:]])
+    torch.testing.assert_close(counting, dictionary.encode(tokens)[:, features].mean(0), rtol=1e-4, atol=1e-4)
 
 
 def run_with_fit(directory: Path, dictionaries: Any) -> RunRecord:

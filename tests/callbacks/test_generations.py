@@ -61,16 +61,19 @@ def test_nothing_has_moved_at_the_start(trainer: Trainer) -> None:
     assert not look.drifts["tiny"].change.any()
 
 
-@pytest.mark.parametrize(("temperature", "sinks"), [(1.0, False), (0.7, False), (1.0, True)])
+@pytest.mark.parametrize(
+    ("temperature", "sinks", "counted"),
+    [(1.0, False, False), (0.7, False, False), (1.0, True, False), (1.0, True, True)],
+)
 def test_a_look_agrees_with_the_formula_on_plain_forward_passes(
-    trainer: Trainer, temperature: float, sinks: bool
+    trainer: Trainer, temperature: float, sinks: bool, counted: bool
 ) -> None:
     if sinks:
         with torch.no_grad():
             trainer.model.get_input_embeddings().weight[10:20] *= 100
     tables: dict[str, Any] = {}
     sampling = Sampling(answers=3, max_new_tokens=6, temperature=temperature)
-    generations = watched(trainer, sampling, append=tables.__setitem__)
+    generations = watched(trainer, sampling, append=tables.__setitem__, attention_sinks=counted)
     answers, prompts = (pd.DataFrame(tables[name]) for name in ("generations", "generation_prompts"))
     start, after = (make_model(make_tokenizer()).eval() for _ in range(2))
     start.load_state_dict(trainer.model.state_dict())
@@ -99,7 +102,8 @@ def test_a_look_agrees_with_the_formula_on_plain_forward_passes(
         ratios.append((now - before).numpy())
         norms = captured[-1][0, first:].norm(dim=-1).numpy()
         huge = norms > 10 * np.sort(norms)[(len(norms) - 1) // 2]
-        active.append(np.where(huge[:, None], 0.0, dictionary.encode(captured[-1][0, first:]).numpy()))
+        silent = huge & (not counted)
+        active.append(np.where(silent[:, None], 0.0, dictionary.encode(captured[-1][0, first:]).numpy()))
         found += huge.sum()
     assert bool(found) == sinks  # nothing is active at an attention sink
     layout = generations._layout

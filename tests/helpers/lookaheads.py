@@ -69,7 +69,9 @@ def topk():
     return FeatureDictionary(sae.W_dec, HOOK, "topk", encoder=SaeLensEncoder(sae))
 
 
-def look(model, tokenizer, dictionary, rule, reference=None, method="auto", n=6, borders=()):
+def look(
+    model, tokenizer, dictionary, rule, reference=None, method="auto", n=6, borders=(), attention_sinks=False
+):
     loss = PreferenceLoss(tokenizer)
     examples = loss.tokenize(list(enumerate(pairs(n))))
     probe = loss.tokenize(list(enumerate(pairs(4, seed=9))))
@@ -84,6 +86,7 @@ def look(model, tokenizer, dictionary, rule, reference=None, method="auto", n=6,
         reference=reference,
         method=method,
         borders=borders,
+        attention_sinks=attention_sinks,
     )
 
 

@@ -47,6 +47,20 @@ def stepwise(record: RunRecord, step: int) -> pd.DataFrame:
     )
 
 
+def plant_sinks(model: Any) -> None:
+    """Make ten words of the vocabulary attention sinks wherever they stand."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[10:20] *= 100
+
+
+def sinks_of(hidden: Any) -> Tensor:
+    """Which of an answer's tokens [n, d_model] are longer than ten times the median, the lower one of an even number: [n]."""
+    norms = np.linalg.norm(hidden.detach().double().numpy(), axis=-1)
+    if not len(norms):
+        return torch.zeros(0, dtype=torch.bool)
+    return torch.from_numpy(norms > 10 * np.sort(norms)[(len(norms) - 1) // 2])
+
+
 class Tokens:
     """What a loss's forwards say of its response tokens: c, the tokens that count, and the hidden states, in double."""
 
@@ -83,11 +97,16 @@ class Tokens:
         self.counted.append(counted.bool())
         self.hidden.append(hidden)
 
-    def scores(self, sides: list[Tensor] | None, *, paired: bool) -> dict[str, np.ndarray]:
-        """Σ c·(a − ā) over all tokens, written out."""
+    def scores(
+        self, sides: list[Tensor] | None, *, paired: bool, attention_sinks: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Σ c·(a − ā) over all tokens, written out; a = 0 at attention sinks."""
         dictionary = make_sae_dictionary()
         encoded = [
-            [dictionary.encode(h[m].float()).double() for h, m in zip(hidden, counted, strict=True)]
+            [
+                dictionary.encode(h[m].float()).double() * (attention_sinks | ~sinks_of(h[m]))[:, None]
+                for h, m in zip(hidden, counted, strict=True)
+            ]
             for hidden, counted in zip(self.hidden, self.counted, strict=True)
         ]
         every = torch.cat([rows for batch in encoded for rows in batch])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.reference import StepRecorder, record_online_dpo, sequence_logps, to_double
-from helpers.selection import EVERY_TOKEN, Tokens, compare, record_of, stepwise
+from helpers.selection import EVERY_TOKEN, Tokens, compare, plant_sinks, record_of, sinks_of, stepwise
 from helpers.trainers import BUILDERS, build
 from torch import Tensor
 
@@ -37,13 +37,45 @@ def test_selection_is_that_of_every_token(
     """Once with c as the forward shows it, once without, so that it has to be found at the last hidden state."""
     if way == "last hidden state":
         monkeypatch.setattr(hooks, "watch_responses", lambda *args: [])
+    check_every_token(name, tmp_path)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("way", ["log-probabilities", "last hidden state"])
+@pytest.mark.parametrize(("name", "counted"), [("DPO", False), ("DPO", True), ("GRPO", False)])
+def test_no_feature_is_active_at_an_attention_sink(
+    name: str,
+    counted: bool,
+    way: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Words that are blown up wherever they stand: 0 in selection, activation and frequency, unless they are asked for."""
+    if way == "last hidden state":
+        monkeypatch.setattr(hooks, "watch_responses", lambda *args: [])
+    with caplog.at_level("INFO", "trl_sae_audit"):
+        found = check_every_token(name, tmp_path, sinks=True, attention_sinks=counted)
+    assert found
+    said = [entry.getMessage() for entry in caplog.records if "attention sinks" in entry.getMessage()]
+    assert said == [] if counted else [line.split()[0] for line in said] == [str(found)]
+
+
+def check_every_token(
+    name: str, directory: Path, *, sinks: bool = False, attention_sinks: bool = False
+) -> int:
+    """Compare a run's record with the reference; the number of response tokens that are attention sinks."""
     options = {"learning_rate": 0.0} | ({"temperature": 0.7} if name in ("GRPO", "RLOO") else {})
-    trainer = BUILDERS[name](tmp_path, **options)
+    trainer = BUILDERS[name](directory, **options)
+    double = BUILDERS[name](directory, torch.float64, gradient_checkpointing=False, **options)
+    double.model.train()
+    if sinks:
+        plant_sinks(trainer.model)
+        plant_sinks(double.model)
     recorder = StepRecorder()
     recorder.watch(trainer)
-    record = record_of(trainer, tmp_path)
-    double = BUILDERS[name](tmp_path, torch.float64, gradient_checkpointing=False, **options)
-    double.model.train()
+    record = record_of(trainer, directory, attention_sinks=attention_sinks)
+    found = 0
     assert len(recorder.steps) == 3
     for step, microbatches in enumerate(recorder.steps, start=1):
         tokens, sides = Tokens(double.model), []
@@ -58,8 +90,14 @@ def test_selection_is_that_of_every_token(
             )
             side = sides_of(name, inputs, len(tokens.weights[-1]))
             sides += [] if side is None else [side]
-        expected = tokens.scores(sides or None, paired=name == "DPO")
+        expected = tokens.scores(sides or None, paired=name == "DPO", attention_sinks=attention_sinks)
         compare(record, step, expected)
+        found += sum(
+            int(sinks_of(hidden[counted]).sum())
+            for batch in zip(tokens.hidden, tokens.counted, strict=True)
+            for hidden, counted in zip(*batch, strict=True)
+        )
+    return found
 
 
 @pytest.mark.parametrize("tokens", [EVERY_TOKEN, 24])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.selection import plant_sinks, sinks_of
 from helpers.worlds import (
     make_dictionary,
     make_model,
@@ -189,6 +190,47 @@ class TestMeasuredChange:
                 total += (output.hidden_states[2][0, len(start) :] @ dictionary.directions.T).sum(0).numpy()
                 tokens += len(answer)
         np.testing.assert_allclose(found.after.mean(), total / tokens, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("counted", [False, True])
+    def test_no_feature_is_active_at_an_attention_sink(self, tokenizer, models, counted):
+        """On given text and in generations, as in what predicts them."""
+        dictionary, data = make_dictionary(), pairs(7)
+        before, after = (copy.deepcopy(model) for model in models)
+        for model in (before, after):
+            plant_sinks(model)
+        found = measured_change(before, after, tokenizer, dictionary, data, attention_sinks=counted)
+        answers = [
+            (
+                tokenizer(row["prompt"])["input_ids"],
+                tokenizer(row[side])["input_ids"] + [tokenizer.eos_token_id],
+            )
+            for row in data
+            for side in ("chosen", "rejected")
+        ]
+        means = [self.mean(model, dictionary, answers, counted) for model in (before, after)]
+        np.testing.assert_allclose(found.change, means[1] - means[0], rtol=1e-3, atol=1e-4)
+        assert np.abs(means[0] - self.mean(before, dictionary, answers, not counted)).max() > 1
+        asked, sampling = prompts(5), Sampling(2, max_new_tokens=6, seed=3)
+        options = {"sampling": sampling, "batch_size": 64, "attention_sinks": counted}
+        found = sampled_change(before, after, tokenizer, dictionary, asked, **options)
+        begun = [tokenizer(row["prompt"])["input_ids"] for row in asked]
+        sampled = sample_ids(after, tokenizer, begun, sampling, batch_size=64)
+        answers = [(start, each) for start, several in zip(begun, sampled, strict=True) for each in several]
+        expected = self.mean(before, dictionary, answers, counted)
+        np.testing.assert_allclose(found.after.mean(), expected, rtol=1e-3, atol=1e-3)
+
+    @staticmethod
+    @torch.no_grad()
+    def mean(model, dictionary, answers, counted):
+        """Of every feature over the answers' tokens, one answer at a time."""
+        total, tokens = 0.0, 0
+        for start, answer in answers:
+            output = model(torch.tensor([[*start, *answer]]), output_hidden_states=True)
+            states = output.hidden_states[2][0, len(start) :]
+            kept = counted | ~sinks_of(states)
+            total = total + (states[kept] @ dictionary.directions.T).sum(0).numpy()
+            tokens += len(answer)
+        return total / tokens
 
     def test_both_models_sample_with_the_same_luck(self, tokenizer, models):
         begun = [tokenizer(row["prompt"])["input_ids"] for row in prompts(12)]

@@ -203,6 +203,11 @@ class FeatureTracker:
         shown = ("fvu", "token_fvu", "l0", "tokens")
         return {"dictionary": [self.dictionary.name]} | {name: [getattr(self.health, name)] for name in shown}
 
+    def report_sinks(self) -> None:
+        """At the end of a run, how many of its response tokens were attention sinks."""
+        if self._selection is not None:
+            self._selection.report_sinks()
+
     def remove(self) -> None:
         """Take the hook off the model."""
         self._hook.remove()

@@ -87,12 +87,19 @@ class TokenScoreObserver:
         dictionary: whose features are scored.
         budget: tokens to draw of a forward; by default all.
         seed: of the draws, any numbers.
+        attention_sinks: count features as active at attention sinks too.
     """
 
     def __init__(
-        self, dictionary: FeatureDictionary, budget: int = EVERY_TOKEN, seed: Sequence[int] = ()
+        self,
+        dictionary: FeatureDictionary,
+        budget: int = EVERY_TOKEN,
+        seed: Sequence[int] = (),
+        *,
+        attention_sinks: bool = False,
     ) -> None:
         self.dictionary = dictionary
+        self.attention_sinks = attention_sinks
         self.budget = budget
         self._draws = _Draws(dictionary.device, seed)
         self._scores = TokenScores.zero(dictionary)
@@ -111,7 +118,10 @@ class TokenScoreObserver:
         draw = draw_tokens(sizes, counted, self.budget, self._draws.generator)
         width = gradient.shape[-1]
         g, h = (values.reshape(-1, width)[draw.index] for values in (gradient, view.hidden))
-        self._scores.add(g, h, self.dictionary, draw.scale)
+        silent = None
+        if not self.attention_sinks:
+            silent = find_attention_sinks(view.hidden, counted).flatten()[draw.index]
+        self._scores.add(g, h, self.dictionary, draw.scale, silent)
 
     def take(self) -> TokenScores:
         """Hand over the micro-batch's scores, and start the next one's at zero."""
@@ -128,8 +138,10 @@ class SelectionObserver:
         head: of the model, where weights have to be found at the last hidden state; None where that cannot be.
         seed: of the draws, any numbers.
         contexts: also keep where the features are most active.
+        attention_sinks: count features as active at attention sinks too.
 
     Attributes:
+        sinks: of the response tokens seen so far, those that are attention sinks, []; None before there are any tokens.
         mixed: whether a loss so far depends on something besides the responses' log-probabilities; None if none could.
         residual: of the latest weights found at the last hidden state; None before there are any.
         contexts: where the features are most active among the tokens encoded so far; None if that is not kept.
@@ -144,10 +156,13 @@ class SelectionObserver:
         seed: Sequence[int] = (),
         *,
         contexts: bool = False,
+        attention_sinks: bool = False,
     ) -> None:
         self.dictionary = dictionary
         self.budget = budget
         self.head = head
+        self.attention_sinks = attention_sinks
+        self.sinks: Tensor | None = None
         self.mixed: Tensor | None = None
         self.residual: Tensor | None = None
         self.contexts = ContextReservoir(dictionary.d_sae, dictionary.device) if contexts else None
@@ -183,6 +198,17 @@ class SelectionObserver:
             self._reported_mixed = True
             logger.warning(_MIXED)
 
+    def report_sinks(self) -> None:
+        """Say how many of the response tokens were attention sinks, if any; reads their number from the device."""
+        if self.sinks is None or self.attention_sinks or not int(self.sinks):
+            return
+        logger.info(
+            "%d response tokens were attention sinks (more than ten times the median norm), where no feature of %r counts as active; "
+            "attention_sinks=True counts them.",
+            int(self.sinks),
+            self.dictionary.name,
+        )
+
     def _why_unknown(self) -> str:
         residual = 0.0 if self.residual is None else float(self.residual)
         if residual > RESIDUAL_TOLERANCE:
@@ -213,8 +239,11 @@ class SelectionObserver:
 
     def _selection(self, forward: ForwardRecord, rows: int) -> RowSelections:
         drawn = [drawn for drawn in forward.drawn if drawn is not None]
-        parts = [each.encode(self.dictionary, peaks=self.contexts is not None) for each in drawn]
+        how = {"peaks": self.contexts is not None, "attention_sinks": self.attention_sinks}
+        parts = [each.encode(self.dictionary, **how) for each in drawn]
         if parts:
+            found = drawn[0].sinks.sum()
+            self.sinks = found if self.sinks is None else self.sinks + found
             self._keep_contexts(forward, drawn[0], parts[0])
         if not parts or len(parts) < len(forward.drawn):
             unknown = torch.full((self.dictionary.d_sae,), torch.nan, device=self.dictionary.device)

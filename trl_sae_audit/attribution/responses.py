@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.attention_sinks import find_attention_sinks
 from ..models.language_head import LanguageHead
 from ..saes.dictionary import FeatureDictionary
 from .selection import (
@@ -71,6 +72,7 @@ class DrawnTokens:
         weights: c of the drawn tokens, [n].
         row_weights: Σ_t c_{i,t}, [rows].
         counted: which tokens of the forward could have been drawn, [rows, tokens].
+        sinks: which of them are attention sinks, [rows, tokens].
     """
 
     draw: TokenDraw
@@ -81,9 +83,13 @@ class DrawnTokens:
     weights: Tensor
     row_weights: Tensor
     counted: Tensor
+    sinks: Tensor
 
-    def encode(self, dictionary: FeatureDictionary, *, peaks: bool = False) -> RowSelections:
+    def encode(
+        self, dictionary: FeatureDictionary, *, peaks: bool = False, attention_sinks: bool = False
+    ) -> RowSelections:
         """Selection of the forward's rows; with `peaks` also the strongest tokens."""
+        silent = self.sinks.flatten()[self.draw.index]
         return encode_rows(
             dictionary,
             self.hidden,
@@ -92,6 +98,7 @@ class DrawnTokens:
             self.owners,
             self.draw,
             self.tokens,
+            torch.zeros_like(silent) if attention_sinks else silent,
             peaks=peaks,
         )
 
@@ -146,6 +153,7 @@ def draw_known(
         weights.flatten()[draw.index],
         sums,
         counted,
+        find_attention_sinks(hidden, counted),
     )
 
 
@@ -182,6 +190,7 @@ def draw_unknown(
         unknown,
         unknown.new_full((rows,), torch.nan),
         counted,
+        find_attention_sinks(hidden, counted),
     )
     predicted = (draw.index - 1).clamp_min(0)
     return drawn, LastHidden(

@@ -95,7 +95,12 @@ class TokenScores:
         )
 
     def add(
-        self, gradient: Tensor, hidden: Tensor, dictionary: FeatureDictionary, scale: Tensor | None = None
+        self,
+        gradient: Tensor,
+        hidden: Tensor,
+        dictionary: FeatureDictionary,
+        scale: Tensor | None = None,
+        silent: Tensor | None = None,
     ) -> None:
         """Add tokens, some at a time; not to `gradient_squares`, which needs no dictionary.
 
@@ -103,11 +108,16 @@ class TokenScores:
             gradient, hidden: of the tokens [n, d_model].
             dictionary: projects the one and encodes the other.
             scale: how many tokens each stands for [n]; by default one.
+            silent: at which no feature counts as active [n]; by default none.
         """
         scale = torch.ones(len(gradient), device=gradient.device) if scale is None else scale
-        parts = (values.float().split(dictionary.tokens_at_once) for values in (gradient, hidden, scale))
-        for g, h, times in zip(*parts, strict=True):
+        silent = torch.zeros_like(scale, dtype=torch.bool) if silent is None else silent
+        values = (gradient.float(), hidden.float(), scale.float(), silent)
+        for g, h, times, none in zip(
+            *(each.split(dictionary.tokens_at_once) for each in values), strict=True
+        ):
             projected = dictionary.project(g)
             self.projected_squares += times @ projected.square()
-            effect = projected.mul_(dictionary.encode(h)).mul_(dictionary.written_norms(h))
+            activations = dictionary.encode(h).masked_fill(none[:, None], 0.0)
+            effect = projected.mul_(activations).mul_(dictionary.written_norms(h))
             self.activation_attribution -= times @ effect

@@ -12,6 +12,9 @@ the feature, like every score here.
 A reward model has no log π: with `c_{i,t} = −(1/T_i)·∂L/∂r_i` it is what the labels select. Plain fine-tuning lowers no token
 and so compares with nothing: without ā_f, it is what the data add.
 
+At an attention sink no feature counts as active, unless asked for: `a_f` is 0 there, as it is where a run's drift in generations
+and a measured change are told. The token keeps its c, and counts among the tokens.
+
 Only some tokens are encoded, `budget` a step. They are drawn such that every sum stays unbiased (`draw_tokens`).
 """
 
@@ -189,6 +192,7 @@ def encode_rows(
     owners: Tensor,
     draw: TokenDraw,
     tokens: Tensor,
+    silent: Tensor,
     *,
     peaks: bool = False,
 ) -> RowSelections:
@@ -202,20 +206,22 @@ def encode_rows(
         owners: the row of each drawn token, [n].
         draw: the tokens.
         tokens: how many there are in all, [].
+        silent: drawn tokens at which no feature counts as active, [n].
         peaks: also find each feature's strongest token.
     """
     meant = draw.scale > 0
     states = torch.where(meant[:, None], hidden, 0.0)
     factors = torch.where(meant, weights * draw.scale, 0.0)
     number = torch.arange(len(row_weights), device=owners.device)[:, None]
-    none = torch.zeros(dictionary.d_sae, device=owners.device)
-    products, activation, active = none.expand(len(number), -1).clone(), none, none.clone()
-    peak, peak_place = none.clone(), torch.zeros_like(none, dtype=torch.int64)
+    zero = torch.zeros(dictionary.d_sae, device=owners.device)
+    products, activation, active = zero.expand(len(number), -1).clone(), zero, zero.clone()
+    peak, peak_place = zero.clone(), torch.zeros_like(zero, dtype=torch.int64)
     parts = [
-        part.split(dictionary.tokens_at_once) for part in (states, factors, draw.scale, owners, draw.index)
+        part.split(dictionary.tokens_at_once)
+        for part in (states, factors, draw.scale, owners, draw.index, silent)
     ]
-    for state, factor, scale, owner, place in zip(*parts, strict=True):
-        activations = dictionary.encode(state)
+    for state, factor, scale, owner, place, none in zip(*parts, strict=True):
+        activations = dictionary.encode(state).masked_fill(none[:, None], 0.0)
         if peaks:
             here, at = (activations * (scale > 0)[:, None]).max(0)
             peak_place = torch.where(here > peak, place[at], peak_place)

@@ -129,7 +129,7 @@ class AuditPass:
         loss: what is differentiated.
         reference: the reference model, None where it is the policy itself.
         activations: whether to encode the answers' tokens.
-        attention_sinks: count tokens of more than ten times the median norm of their answer's in the activations too. Gradients
+        attention_sinks: count features as active at tokens of more than ten times the median norm of their answer's too. Gradients
             are of all tokens in any case.
 
     Attributes:
@@ -218,11 +218,13 @@ class AuditPass:
     def _answers(self, batch: Mapping[str, Tensor], found: BatchGradients) -> list[_AnswerScores]:
         sums = found.gradient.sum(1, dtype=torch.float32).cpu().numpy()
         answer = batch["completion_mask"].bool()
+        silent = torch.zeros_like(answer)
         if not self.attention_sinks:
-            sinks = find_attention_sinks(found.hidden, answer)
-            self.sinks, answer = self.sinks + int(sinks.sum()), answer & ~sinks
-        states = torch.where(answer[..., None], found.written, 0).sum(1, dtype=torch.float32)
-        residuals = (states / answer.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
+            silent = find_attention_sinks(found.hidden, answer, answer | found.positions)
+            self.sinks += int((silent & answer).sum())
+        usual = answer & ~silent
+        states = torch.where(usual[..., None], found.written, 0).sum(1, dtype=torch.float32)
+        residuals = (states / usual.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
         prompts = self._states_of_prompts(batch, found.hidden)
         figures = zip(
             self.loss.row_sides(batch).tolist(),
@@ -243,6 +245,7 @@ class AuditPass:
                 answer[row],
                 found.positions[row],
                 found.weights[row],
+                silent[row],
             )
             active = active_features(self.dictionary, *places) if self.activations else _NOTHING
             texts = _texts(ids[row], own[row], real[row])
@@ -294,6 +297,7 @@ def active_features(
     answer: Tensor,
     positions: Tensor,
     weights: Tensor,
+    silent: Tensor | None = None,
 ) -> _Active:
     """Features active in one answer: mean and largest activation, activation attribution, `Σ c·a`, peak, active tokens.
 
@@ -305,19 +309,21 @@ def active_features(
         answer: the answer's own tokens [T]
         positions: tokens whose logits enter the loss [T], mostly the answer's shifted by one
         weights: `c_t` of the answer's tokens [T]
+        silent: tokens at which no feature counts as active [T]; by default none
     """
+    silent = torch.zeros_like(answer, dtype=torch.bool) if silent is None else silent
     either = answer | positions
     number = answer.cumsum(0) - 1
     tokens = (
         *(hidden[either].float(), gradient[either].float(), answer[either], positions[either]),
-        *(weights[either].float(), number[either].int()),
+        *(weights[either].float(), number[either].int(), silent[either]),
     )
     seen = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=dictionary.device)
     total, largest, attributed, selected = torch.zeros(4, dictionary.d_sae, device=dictionary.device)
     peak, count = torch.zeros(2, dictionary.d_sae, dtype=torch.int32, device=dictionary.device)
     parts = (values.split(dictionary.tokens_at_once) for values in tokens)
-    for states, arriving, own, scored, asked, numbers in zip(*parts, strict=True):
-        activations = dictionary.encode(states)
+    for states, arriving, own, scored, asked, numbers, none in zip(*parts, strict=True):
+        activations = dictionary.encode(states).masked_fill(none[:, None], 0.0)
         feature = (activations != 0).any(0).nonzero()[:, 0]
         kept = activations[:, feature]
         of_answer = torch.where(own[:, None], kept, 0.0)

@@ -324,6 +324,7 @@ class AuditRun:
             "settings": {
                 "part_size": config.part_size,
                 "activations": config.activations,
+                "attention_sinks": config.attention_sinks,
                 "on_bad_row": config.on_bad_row,
                 "seed": config.seed,
             },

@@ -17,7 +17,7 @@ from ..saes.dictionary import FeatureDictionary
 from .attribution import FeatureAttributionCallback
 from .config import AttributionConfig
 
-_OPTIONS = ("log_top", "token_scores", "health_tokens", "probe_steps", "generation_steps", "selection", "selection_tokens", "contexts")  # fmt: skip
+_OPTIONS = ("log_top", "token_scores", "health_tokens", "probe_steps", "generation_steps", "selection", "selection_tokens", "contexts", "attention_sinks")  # fmt: skip
 """The options that have the same name here and in the callback."""
 
 
@@ -102,6 +102,10 @@ class AttributionArguments:
     contexts: bool = option(
         AttributionConfig.contexts,
         "Keep on the record, as text, where each feature is most active in the responses; needs selection.",
+    )
+    attention_sinks: bool = option(
+        False,
+        "Count features as active at attention sinks too: tokens of more than ten times the median norm of their answer's.",
     )
 
     def __post_init__(self) -> None:

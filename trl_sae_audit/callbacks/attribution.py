@@ -42,7 +42,8 @@ class FeatureAttributionCallback(TrainerCallback):
 
     Its arguments are the fields of `AttributionConfig`, which describes them: `dictionary`, `output_dir`, and by name `watch`,
     `top_k`, `log_top`, `token_scores`, `examples`, `health_tokens`, `probe`, `probe_steps`, `generations`,
-    `generation_prompts`, `generation_steps`, `flush_seconds`, `overwrite`, `selection`, `selection_tokens`, `contexts`, `dataset`.
+    `generation_prompts`, `generation_steps`, `flush_seconds`, `overwrite`, `selection`, `selection_tokens`, `contexts`,
+    `attention_sinks`, `dataset`.
 
     Raises:
         AuditError: for arguments that contradict each other; and from `trainer.train()`, before the first

@@ -15,7 +15,7 @@ from ..models.sampling import Sampling
 from ..saes.dictionary import FeatureDictionary
 
 _MINIMUM = {"top_k": 1, "log_top": 0, "health_tokens": 0, "probe_steps": 1, "generation_steps": 1, "selection_tokens": 1}  # fmt: skip
-_RECORDED = ("top_k", "token_scores", "examples", "health_tokens", "probe_steps", "selection", "selection_tokens", "contexts")  # fmt: skip
+_RECORDED = ("top_k", "token_scores", "examples", "health_tokens", "probe_steps", "selection", "selection_tokens", "contexts", "attention_sinks")  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -73,6 +73,10 @@ class AttributionConfig:
     contexts: bool = True
     """Keep on the record, as text, where each feature is most active in the responses, and of a run on the model's own answers
     some of the first and the last of them; needs `selection`."""
+
+    attention_sinks: bool = False
+    """Count features as active at attention sinks too, tokens of more than ten times the median norm of their answer's: in selection,
+    in activation attribution, on the probe, in generations and rollouts."""
 
     dataset: str | None = None
     """Where the training data are, as the option `--dataset` takes them: for the record, so that `verify` and `diff` know."""

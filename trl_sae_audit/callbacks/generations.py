@@ -143,6 +143,7 @@ class GenerationDrift:
         step: optimizer steps made so far.
         append: in the main process, adds columns to a table of the record.
         kept: in the main process, what the record of the run that is resumed has; None samples.
+        attention_sinks: count features as active at attention sinks too.
 
     Attributes:
         looked: optimizer steps made at the last look.
@@ -164,9 +165,11 @@ class GenerationDrift:
         step: int = 0,
         append: Append | None = None,
         kept: SampledAnswers | None = None,
+        attention_sinks: bool = False,
     ) -> None:
         self.trainer = trainer
         self.sampling = sampling
+        self._attention_sinks = attention_sinks
         self.every = every
         self.looked = step
         self.latest: Look | None = None
@@ -262,7 +265,9 @@ class GenerationDrift:
         ]
         rows = [(prompt, tuple(answer)) for prompt, several in answered for answer in several]
         active = {
-            dictionary.name: answer_activations(point, dictionary, rows)
+            dictionary.name: answer_activations(
+                point, dictionary, rows, attention_sinks=self._attention_sinks
+            )
             for dictionary, point in zip(dictionaries, points, strict=True)
         }
         ends = np.cumsum([len(answer) for _, answer in rows])[:-1]

@@ -61,15 +61,21 @@ class Probe:
         dictionary: FeatureDictionary,
         features: Tensor,
         forward: Forward | None = None,
+        *,
+        attention_sinks: bool = False,
     ) -> Tensor:
-        """Mean activation of `features` over the probe's tokens but the first of each row and attention sinks: [len(features)].
+        """Mean activation of `features` over the probe's tokens but the first of each row: [len(features)].
+
+        Attention sinks are left out too, unless `attention_sinks` counts them.
 
         Runs the decoder in evaluation mode up to the hook point, or `forward`, and leaves every module's mode as it was.
         """
         hidden = hidden_states(point, self.batch, forward)
         mask = self.batch["attention_mask"].to(hidden.device).bool()
         counted = mask & (mask.cumsum(1) > 1)
-        tokens = hidden[counted & ~find_attention_sinks(hidden, counted)]
+        if not attention_sinks:
+            counted = counted & ~find_attention_sinks(hidden, counted)
+        tokens = hidden[counted]
         parts = tokens.split(dictionary.tokens_at_once)
         sums = [dictionary.encode(part)[:, features].sum(0) for part in parts]
         return torch.stack(sums).sum(0) / len(tokens)
@@ -80,16 +86,18 @@ class ProbeDrift:
 
     Args:
         probe: the probe.
+        attention_sinks: count attention sinks too.
 
     Attributes:
         baselines: dictionary → activations at the first measurement.
         latest: "dictionary/label" → drift at the last one.
     """
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, *, attention_sinks: bool = False) -> None:
         self.baselines: dict[str, Tensor] = {}
         self.latest: dict[str, float] = {}
         self._probe = probe
+        self._attention_sinks = attention_sinks
 
     def measure(
         self, trackers: Sequence[FeatureTracker], step: int, forward: Forward | None
@@ -101,7 +109,11 @@ class ProbeDrift:
                 continue
             name, labels = tracker.dictionary.name, list(tracker.watch)
             activation = self._probe.mean_activations(
-                tracker.point, tracker.dictionary, tracker.watched, forward
+                tracker.point,
+                tracker.dictionary,
+                tracker.watched,
+                forward,
+                attention_sinks=self._attention_sinks,
             ).cpu()
             drift = activation - self.baselines.setdefault(name, activation)
             self.latest |= {

@@ -37,6 +37,7 @@ class RolloutKeeper:
         trainer: whose `train` is running.
         trackers: of its dictionaries.
         append: adds rows to the record's tables.
+        attention_sinks: count features as active at attention sinks too.
     """
 
     def __init__(
@@ -44,7 +45,10 @@ class RolloutKeeper:
         trainer: Trainer,
         trackers: Sequence[FeatureTracker],
         append: Callable[[str, Mapping[str, Any]], None],
+        *,
+        attention_sinks: bool = False,
     ) -> None:
+        self._attention_sinks = attention_sinks
         self._trainer = trainer
         self._trackers = [tracker for tracker in trackers if tracker.selects]
         self._append = append
@@ -74,7 +78,9 @@ class RolloutKeeper:
         rows = [(BEFORE, *row) for row in first] + [(AFTER, *row) for row in latest]
         asked = [(prompt, answer) for _, _, prompt, answer in rows]
         active = {
-            tracker.dictionary.name: answer_activations(tracker.point, tracker.dictionary, asked)
+            tracker.dictionary.name: answer_activations(
+                tracker.point, tracker.dictionary, asked, attention_sinks=self._attention_sinks
+            )
             for tracker in self._trackers
         }
         prompts = decode(tokenizer, [prompt for prompt, _ in asked])

@@ -185,16 +185,20 @@ def answer_log_probs(model: nn.Module, rows: Sequence[Answered], temperature: fl
 
 
 def answer_activations(
-    point: HookPoint, dictionary: FeatureDictionary, rows: Sequence[Answered]
+    point: HookPoint,
+    dictionary: FeatureDictionary,
+    rows: Sequence[Answered],
+    *,
+    attention_sinks: bool = False,
 ) -> list[Active]:
-    """The features that are active at the answers' tokens, row by row.
+    """The features that are active at the answers' tokens, row by row; see `read_active`.
 
     Raises:
         AuditError: more than 2^27 activations.
     """
     found: dict[int, Active] = {}
     total = 0
-    for place, active in read_active(point, dictionary, rows):
+    for place, active in read_active(point, dictionary, rows, attention_sinks=attention_sinks):
         total += len(active[1])
         if total > _MOST_ACTIVE:
             raise AuditError(

@@ -38,6 +38,7 @@ def make_selection(
         _head(trainer, point),
         _seed(config, trainer, dictionary),
         contexts=config.contexts,
+        attention_sinks=config.attention_sinks,
     )
 
 
@@ -48,7 +49,10 @@ def make_token_scores(
     if not config.token_scores:
         return None
     return TokenScoreObserver(
-        dictionary, _of_a_forward(config, trainer), (*_seed(config, trainer, dictionary), 1)
+        dictionary,
+        _of_a_forward(config, trainer),
+        (*_seed(config, trainer, dictionary), 1),
+        attention_sinks=config.attention_sinks,
     )
 
 

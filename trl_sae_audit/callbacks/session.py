@@ -90,7 +90,7 @@ class AttributionSession(TrainerListener):
         most = _MOST_BUFFERED_SELECTIONS if config.selection else _MOST_BUFFERED_SCORES
         self._buffered_steps = min(_MOST_BUFFERED_STEPS, max(1, most // widest))
         probe = as_probe(config.probe, trainer)
-        self._probe = None if probe is None else ProbeDrift(probe)
+        self._probe = None if probe is None else ProbeDrift(probe, attention_sinks=config.attention_sinks)
         if probe is not None:
             check_probe(trainer.accelerator)
         if config.generations is not None:
@@ -259,6 +259,8 @@ class AttributionSession(TrainerListener):
             if self._rollouts is not None:
                 self._rollouts.write(self.step)
             self._keep_words()
+            for tracker in self.trackers:
+                tracker.report_sinks()
             if self._writer is not None:
                 self._writer.close("finished", self.step, self._totals())
         finally:
@@ -407,6 +409,7 @@ class AttributionSession(TrainerListener):
             step=self.step,
             append=None if self._writer is None else self._writer.append,
             kept=kept,
+            attention_sinks=self.config.attention_sinks,
         )
 
     def _start_rollouts(self) -> RolloutKeeper | None:
@@ -418,7 +421,12 @@ class AttributionSession(TrainerListener):
         reader = next((tracker for tracker in self.trackers if tracker.contexts is not None), None)
         if reader is None:
             return None
-        keeper = RolloutKeeper(self.trainer, self.trackers, self._writer.append)
+        keeper = RolloutKeeper(
+            self.trainer,
+            self.trackers,
+            self._writer.append,
+            attention_sinks=self.config.attention_sinks,
+        )
         reader.report_responses(keeper.add)
         return keeper
 

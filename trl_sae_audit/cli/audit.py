@@ -65,6 +65,10 @@ class AuditArguments:
         True,
         negative="Do not encode the answers: no disparity, no activation attribution.",
     )
+    attention_sinks: bool = option(
+        "Count features as active at attention sinks too: tokens of more than ten times the median norm of their answer's.",
+        False,
+    )
     on_bad_row: Literal["stop", "set_aside"] = option("What to do at a row that is no pair.", "stop")
     topic_column: str | None = option(
         "Column of the dataset that says what a prompt is about; default clusters of the prompts by the model's hidden states.",
@@ -265,6 +269,7 @@ def make_audit(
         "batch_size": arguments.batch_size,
         "part_size": arguments.part_size,
         "activations": arguments.activations,
+        "attention_sinks": arguments.attention_sinks,
         "on_bad_row": arguments.on_bad_row,
         "topic_column": arguments.topic_column,
         "seed": arguments.seed,

@@ -84,8 +84,18 @@ def run(
     before, tokenizer = model_arguments.load()
     after, _ = replace(model_arguments, model=arguments.after).load()
     common: dict[str, Any] = {"batch_size": arguments.batch_size, "progress": True}
+    sinks = counts_attention_sinks(source)
     changes = [
-        measured_change(before, after, tokenizer, dictionary, rows, max_length=arguments.max_length, **common)
+        measured_change(
+            before,
+            after,
+            tokenizer,
+            dictionary,
+            rows,
+            max_length=arguments.max_length,
+            attention_sinks=sinks,
+            **common,
+        )
     ]
     samples = None
     if arguments.samples:
@@ -95,7 +105,10 @@ def run(
         written = [
             sample_answers(each, tokenizer, rows, sampling=sampling, **common) for each in (before, after)
         ]
-        read = [read_answers(before, tokenizer, dictionary, each, **common) for each in written]
+        read = [
+            read_answers(before, tokenizer, dictionary, each, attention_sinks=sinks, **common)
+            for each in written
+        ]
         changes.append(MeasuredChange("in generations", read[0], read[1]))
         if len(changes[-1]) > 1:  # one prompt tells nothing from chance
             table = change_table(read[0], read[1], {})
@@ -147,6 +160,14 @@ def read_source(path: str) -> Audit | RunRecord:
     from ..record.reader import RunRecord
 
     return RunRecord.load(path) if kind_of(path, "run", "audit") == "run" else Audit.load(path)
+
+
+def counts_attention_sinks(source: Audit | RunRecord) -> bool:
+    """Whether the scores count features as active at attention sinks, so that what they predict is measured likewise."""
+    from ..audit.result import Audit
+
+    options = source.manifest.get("settings" if isinstance(source, Audit) else "config") or {}
+    return options.get("attention_sinks") is True
 
 
 def watched_in(source: Audit | RunRecord, dictionary: str) -> list[int]:

@@ -27,7 +27,7 @@ def answer_reader(point: HookPoint) -> PrefixCachedReader:
 
 @torch.no_grad()
 def read_active(
-    point: HookPoint, dictionary: FeatureDictionary, rows: Sequence[Row]
+    point: HookPoint, dictionary: FeatureDictionary, rows: Sequence[Row], *, attention_sinks: bool = False
 ) -> Iterator[tuple[int, Active]]:
     """Number of each row and the features that are active at its answer's tokens, in an order of the reader's own.
 
@@ -37,10 +37,11 @@ def read_active(
         point: where the dictionary reads, its model in any mode.
         dictionary: on the model's device.
         rows: token ids of prompt and answer.
+        attention_sinks: count features as active there too.
     """
     for states in answer_reader(point).read(rows, first=True):
         answers = states.of_response.to(states.hidden.device)
-        sinks = find_attention_sinks(states.hidden, answers)
+        sinks = torch.zeros_like(answers) if attention_sinks else find_attention_sinks(states.hidden, answers)
         active = find_active(dictionary, states.hidden[answers], sinks[answers])
         ends = np.cumsum([len(rows[place][1]) for place in states.rows])
         yield from zip(states.rows, _split(active, ends), strict=True)

@@ -7,7 +7,9 @@ Two questions that are easily confused:
 - *Sampled*: does the trained model write different text? Both answer the same prompts, and the frozen model before
   training reads all of it. A feature that rises here is behaviour, which no change of representation can imitate.
 
-An activation is averaged over tokens, `ā_f = Σ a_f[t] / number of answer tokens`, the end of sequence included. What is
+An activation is averaged over tokens, `ā_f = Σ a_f[t] / number of answer tokens`, the end of sequence included. At an attention
+sink (a token of more than ten times the median norm of its answer's) no feature counts as active, as in what predicts the change.
+What is
 independent, and so what a bootstrap draws again, is a prompt: its answers are one unit.
 """
 
@@ -29,6 +31,7 @@ from ..audit.rewards import AnswerCheck, PolicyGradientLoss, answer_ids
 from ..data.opener import DatasetLike, iterate_rows
 from ..data.preferences import ANSWERS, PairCheck, as_text
 from ..errors import AuditError
+from ..models.attention_sinks import find_attention_sinks
 from ..models.batches import answer_batches
 from ..models.language_head import causal_model
 from ..models.residual_stream import hidden_states
@@ -109,6 +112,7 @@ def measured_change(
     batch_size: int = 16,
     max_length: int | None = 1024,
     progress: bool = False,
+    attention_sinks: bool = False,
 ) -> MeasuredChange:
     """On given text: each checkpoint encodes the same held-out answers.
 
@@ -121,11 +125,17 @@ def measured_change(
         batch_size: rows at a time; changes nothing but speed and memory.
         max_length: tokens at which prompt and answer are cut.
         progress: show a bar.
+        attention_sinks: count features as active at attention sinks too.
 
     Raises:
         AuditError: no rows, or a bad one, by its number; a dictionary that does not fit.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "progress": progress,
+        "attention_sinks": attention_sinks,
+    }
     return MeasuredChange(
         "on given text",
         answer_activations(before, tokenizer, dictionary, responses, **options),
@@ -144,6 +154,7 @@ def sampled_change(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    attention_sinks: bool = False,
 ) -> MeasuredChange:
     """In generations: both checkpoints answer the same prompts, and one frozen model encodes all answers.
 
@@ -156,11 +167,17 @@ def sampled_change(
         sampling: one answer a prompt, of at most 128 tokens, at temperature 1, if None.
         batch_size: answers at a time.
         progress: show a bar.
+        attention_sinks: count features as active at attention sinks too.
 
     Raises:
         AuditError: no rows, or one without a prompt; a dictionary that does not fit.
     """
-    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "batch_size": batch_size,
+        "progress": progress,
+        "attention_sinks": attention_sinks,
+    }
     reader = before if reference is None else reference
     return MeasuredChange(
         "in generations",
@@ -179,13 +196,22 @@ def sampled_activations(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    attention_sinks: bool = False,
 ) -> AnswerActivations:
     """One checkpoint's half of `sampled_change`, for callers comparing several checkpoints with one baseline: `model` answers, `reader`
     encodes."""
     answered = sample_answers(
         model, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
     )
-    return read_answers(reader, tokenizer, dictionary, answered, batch_size=batch_size, progress=progress)
+    return read_answers(
+        reader,
+        tokenizer,
+        dictionary,
+        answered,
+        batch_size=batch_size,
+        progress=progress,
+        attention_sinks=attention_sinks,
+    )
 
 
 def sample_answers(
@@ -223,6 +249,7 @@ def answer_activations(
     batch_size: int = 16,
     max_length: int | None = 1024,
     progress: bool = False,
+    attention_sinks: bool = False,
 ) -> AnswerActivations:
     """One checkpoint's half of `measured_change`, for callers comparing several checkpoints with one baseline."""
     point = check_dictionary(dictionary, model)
@@ -237,7 +264,7 @@ def answer_activations(
         texts = [prompts[example.row] for example in part] * loss.rows_per_example
         batches.append((texts, batch))
     units = [prompts[example.row] for example in examples]
-    return _summed(point, dictionary, units, batches, progress)
+    return _summed(point, dictionary, units, batches, progress, attention_sinks=attention_sinks)
 
 
 def _checked(responses: DatasetLike) -> list[Any]:
@@ -289,6 +316,7 @@ def read_answers(
     batch_size: int = 32,
     progress: bool = False,
     found: AnswerPlaces | None = None,
+    attention_sinks: bool = False,
 ) -> AnswerActivations:
     """A model's reading of answers; `found` takes the places where features are most active, if they are wanted."""
     ids = [(prompt, answer) for _, prompt, answer in answered]
@@ -298,7 +326,7 @@ def read_answers(
         for places, batch in answer_batches(text_tokenizer(tokenizer, point.decoder), ids, batch_size)
     ]
     units = [text for text, _, _ in answered]
-    return _summed(point, dictionary, units, batches, progress, found)
+    return _summed(point, dictionary, units, batches, progress, found, attention_sinks=attention_sinks)
 
 
 @torch.no_grad()
@@ -309,6 +337,8 @@ def _summed(
     batches: Sequence[tuple[list[str], dict[str, Tensor]]],
     progress: bool,
     found: AnswerPlaces | None = None,
+    *,
+    attention_sinks: bool = False,
 ) -> AnswerActivations:
     device = next(point.decoder.parameters()).device
     dictionary = dictionary.to(device)
@@ -322,14 +352,15 @@ def _summed(
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         counted = batch["completion_mask"].bool()
         owner = torch.tensor([units[text] for text in texts])[:, None].expand(counted.shape)[counted]
-        hidden = hidden_states(point, inputs)[counted.to(device)]
+        read, answer = hidden_states(point, inputs), counted.to(device)
+        sinks = torch.zeros_like(answer) if attention_sinks else find_attention_sinks(read, answer)
         np.add.at(tokens, owner.numpy(), 1)
         row, number = counted.nonzero()[:, 0].to(device), (counted.cumsum(1) - 1)[counted].to(device)
         if found is not None:
             found.begin(batch)
-        parts = (part.split(width) for part in (hidden, owner.to(device), row, number))
-        for states, owners, rows, numbers in zip(*parts, strict=True):
-            activations = dictionary.encode(states)
+        parts = (part.split(width) for part in (read[answer], owner.to(device), row, number, sinks[answer]))
+        for states, owners, rows, numbers, silent in zip(*parts, strict=True):
+            activations = dictionary.encode(states).masked_fill(silent[:, None], 0.0)
             if found is not None:
                 found.add(activations, rows, numbers)
             sums.index_add_(0, owners, activations)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.lookaheads import RULES, answers_of, centred, directions, look, make_gpt2, moved_by, topk
+from helpers.selection import sinks_of
 
 from trl_sae_audit import AuditError
 from trl_sae_audit.audit.lookahead import generation_changes
 from trl_sae_audit.audit.lookahead.generation_changes import half_width
 from trl_sae_audit.audit.lookahead.generations import (
     gradient_in_generations,
+    mean_over_generations,
     predict_in_generations,
 )
 from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
@@ -89,6 +91,52 @@ def test_frequency_is_the_derivative_of_weighing_whole_answers(tokenizer):
     expected = (share(moved_by(model, step, h)) - share(moved_by(model, step, -h))) / (2 * h)
     assert expected.abs().max() > 0
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("method", ["forward", "finite_difference"])
+def test_no_feature_is_active_at_an_attention_sink(tokenizer, counted, method):
+    """Answers to one prompt read it once; likewise weighted, with 0 at words whose embedding is a hundred times as long."""
+    model, dictionary = make_gpt2(tokenizer), topk()
+    with torch.no_grad():
+        model.transformer.wte.weight[10:22] *= 100
+    ahead = look(model, tokenizer, dictionary, RULES["adamw"], method=method, attention_sinks=counted)
+    batches = answers_of(model, tokenizer, PROMPTS, 20, 6)
+    found = predict_in_generations(ahead, iter(batches))
+    active, silent = [], 0
+    for ids, answer in rows_of(batches):
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states[2][0, answer]
+            huge = sinks_of(states)
+            silent += int(huge.sum())
+            active.append(dictionary.encoder.sae.encode(states) * (counted | ~huge)[:, None])
+    assert silent
+    everywhere = torch.cat(active)
+    torch.testing.assert_close(found["generation_activation"], everywhere.mean(0))
+    share = torch.stack([(each != 0).any(0).double() for each in active]).mean(0)
+    torch.testing.assert_close(found["generation_frequency"], share)
+    torch.testing.assert_close(mean_over_generations(ahead, iter(batches))[0], everywhere.mean(0))
+
+    @torch.no_grad()
+    def weighted_mean(policy):
+        ratios = []
+        for ids, answer in rows_of(batches):
+            now, before = (
+                one(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[answer[1:], 0]
+                for one in (policy, model)
+            )
+            ratios.append(now - before)
+        weights = torch.cat([ratio.cumsum(0).exp() for ratio in centred(ratios)])
+        return weights @ everywhere / weights.sum()
+
+    h, step = 1e-3, ahead.step()
+    expected = (weighted_mean(moved_by(model, step, h)) - weighted_mean(moved_by(model, step, -h))) / (2 * h)
+    change = found["predicted_change_in_generations"]
+    assert float((change - expected).abs().max() / expected.abs().max()) < 1e-4
+    feature = int(change.abs().argmax())
+    gradient = gradient_in_generations(ahead, feature, lambda: iter(batches))
+    along = sum(float((gradient[name] * step[name]).sum()) for name in step)
+    assert along == pytest.approx(float(change[feature]), rel=1e-4)
 
 
 def test_sampled_change_is_that_of_the_exact_expectation(tokenizer):
@@ -187,7 +235,7 @@ def test_the_interval_is_that_of_leaving_prompts_out_and_of_groups(tokenizer, mo
             log_probs = ahead.gradients.log_probs(batch, predicted, batch["input_ids"][:, 1:][predicted])
             lengths = predicted.sum(1).tolist()
             increments = ahead.jvp.derivative(log_probs, step).split(lengths)
-            roots = dictionary.encode(ahead.states(batch)).double().sqrt().split(lengths)
+            roots = dictionary.encode(ahead.states(batch).hidden).double().sqrt().split(lengths)
             answers += zip(increments, roots, strict=True)
             asked += numbers.tolist()
     change = by_hand(answers)

@@ -17,6 +17,7 @@ from helpers.lookaheads import (
     topk,
     with_lora,
 )
+from helpers.selection import sinks_of
 from helpers.worlds import pairs
 
 from trl_sae_audit import AuditError
@@ -86,6 +87,48 @@ def test_predicted_change_is_the_derivative_along_the_real_optimizers_step(token
     expected = (ahead - behind) / (2 * h)
     assert expected.abs().max() > 0
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def with_sinks(model):
+    """Twelve words become attention sinks."""
+    with torch.no_grad():
+        model.transformer.wte.weight[10:22] *= 100
+    return model
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("method", ["forward", "finite_difference"])
+@torch.no_grad()
+def test_no_feature_is_active_at_an_attention_sink(tokenizer, counted, method):
+    """The derivative of the mean activation with 0 at sinks, row by row; one feature's gradient goes along it."""
+    model, dictionary = with_sinks(make_gpt2(tokenizer)), topk()
+    ahead = look(model, tokenizer, dictionary, RULES["adamw"], method=method, attention_sinks=counted)
+    found, step, before = ahead.predicted_change(), ahead.step(), ahead.mean_activations()
+    loss, sinks = PreferenceLoss(tokenizer), []
+
+    def mean(model):
+        total, tokens = 0.0, 0
+        for example in loss.tokenize(list(enumerate(pairs(4, seed=9)))):
+            batch = loss.collate([example])
+            output = model(
+                batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+            )
+            for states, answer in zip(output.hidden_states[2], batch["completion_mask"].bool(), strict=True):
+                huge = sinks_of(states[answer])
+                sinks.append(int(huge.sum()))
+                active = dictionary.encoder.sae.encode(states[answer])
+                total, tokens = total + active[counted | ~huge].sum(0), tokens + int(answer.sum())
+        return total / tokens
+
+    torch.testing.assert_close(before, mean(model))
+    assert sum(sinks)
+    h = 1e-4
+    expected = (mean(moved_by(model, step, h)) - mean(moved_by(model, step, -h))) / (2 * h)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    feature = int(expected.abs().argmax())
+    gradient = ahead.activation_gradient(feature)
+    along = sum(float((gradient[name] * step[name]).sum()) for name in step)
+    assert along == pytest.approx(float(expected[feature]), rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)

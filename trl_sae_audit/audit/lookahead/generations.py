@@ -93,9 +93,9 @@ def mean_over_generations(
     with torch.no_grad(), evaluation_mode(ahead.model):
         for _, batch in own_share(batches):
             states = ahead.states(batch)
-            tokens += len(states)
-            for part in states.split(ahead.dictionary.tokens_at_once):
-                total += ahead.dictionary.encode(part).sum(0).double()
+            tokens += len(states.hidden)
+            for part in states.parts(ahead.dictionary.tokens_at_once):
+                total += part.activations(ahead.dictionary.encode).sum(0).double()
     sum_over_processes([total])
     (count,) = sum_of_numbers([tokens], total.device)
     return total / count, count
@@ -146,7 +146,8 @@ def gradient_in_generations(ahead: Lookahead, feature: int, batches: Batches) ->
         log_probs = ahead.gradients.log_probs(batch, predicted, batch["input_ids"][:, 1:][predicted])
         with torch.no_grad():
             # Σ_t a[t]·C_t = Σ_s log π(y_s)·Σ_{t≥s} a[t]
-            activation = ahead.dictionary.encode(ahead.states(batch))[:, feature].double() - baseline.mean
+            activations = ahead.states(batch).activations(ahead.dictionary.encode)
+            activation = activations[:, feature].double() - baseline.mean
             later = scatter(activation, predicted).flip(1).cumsum(1).flip(1)[predicted]
             later -= baseline.still_to_come[places_of(predicted)]
         return (log_probs(ahead.parameters) * later).sum()
@@ -172,7 +173,7 @@ def _baseline_of(
     sums = torch.zeros(2, longest_answer(answers), dtype=torch.float64, device=device)
     with evaluation_mode(ahead.model):
         for some in answers:
-            values = ahead.dictionary.encode(ahead.states(some.batch))[:, feature].double()
+            values = ahead.states(some.batch).activations(ahead.dictionary.encode)[:, feature].double()
             sums.index_add_(1, some.places, torch.stack([values, torch.ones_like(values)]))
     sum_over_processes([sums])
     (activation, reached), (total, tokens) = sums, sums.sum(1)

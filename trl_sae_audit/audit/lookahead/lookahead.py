@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from ...errors import AuditError
+from ...models.attention_sinks import find_attention_sinks
 from ...models.hook_points import HookPoint
 from ...models.residual_stream import evaluation_mode, last_hidden_state, run_until
 from ...saes.dictionary import FeatureDictionary
@@ -29,10 +31,32 @@ from ..gradients import scatter
 from ..objectives import Loss, TokenizedExample
 from .batch_moments import BatchMomentAccumulator, accumulate, wide, zeros_like
 from .gradient import Batches, ParameterGradient, Watch, trainable
-from .jvp import Jvp, Method
+from .jvp import Function, Jvp, Method
 from .optimizer_step import AffineUpdate, Tensors, UpdateRule
 from .processes import own_share, sum_of_numbers, sum_over_processes
 from .stored import ComputedTensors
+
+
+@dataclass(frozen=True)
+class AnswerStates:
+    """What is read at the hook point of some answers' tokens.
+
+    Attributes:
+        hidden: of the m tokens [m, d_model].
+        silent: at which no feature counts as active, for they are attention sinks [m].
+    """
+
+    hidden: Tensor
+    silent: Tensor
+
+    def parts(self, tokens: int) -> Iterator[AnswerStates]:
+        """So many tokens at a time."""
+        for hidden, silent in zip(self.hidden.split(tokens), self.silent.split(tokens), strict=True):
+            yield AnswerStates(hidden, silent)
+
+    def activations(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """[m, d_sae]."""
+        return encode(self.hidden).masked_fill(self.silent[:, None], 0.0)
 
 
 class Lookahead:
@@ -50,6 +74,7 @@ class Lookahead:
         method: how to differentiate along the step, see `Jvp`.
         borders: how many examples come before each group but the first. Each group's part of the step is kept apart, which
             shows the noise of having only so many examples.
+        attention_sinks: count features as active at attention sinks too. Which tokens those are is seen before the step.
 
     Raises:
         AuditError: nothing is trainable; no examples; no probe.
@@ -68,6 +93,7 @@ class Lookahead:
         reference: nn.Module | None = None,
         method: Method = "auto",
         borders: Sequence[int] = (),
+        attention_sinks: bool = False,
     ) -> None:
         self.parameters = trainable(model)
         self.model = model
@@ -78,6 +104,7 @@ class Lookahead:
         self.examples = examples
         self.probe = probe
         self.borders = borders
+        self.attention_sinks = attention_sinks
         self.jvp = Jvp(model, self.parameters, method)
         self.gradients = ParameterGradient(model, point, dictionary.d_model, loss, self.jvp, reference)
         self._encode: Callable[[Tensor], Tensor] | None = None
@@ -151,7 +178,7 @@ class Lookahead:
 
     def mean_activations(self) -> Tensor:
         """ā_f on the probe, now: [d_sae]."""
-        return self._over_probe(lambda total, batch: total(self.parameters))
+        return self._over_probe(lambda total: total(self.parameters))
 
     def predicted_change(self) -> Tensor:
         """⟨∇_θ ā_f, Δθ⟩ of every feature: [d_sae]."""
@@ -160,24 +187,29 @@ class Lookahead:
     def change_along(self, step: Tensors) -> Tensor:
         """⟨∇_θ ā_f, Δθ⟩ of every feature for another step Δθ, by parameter: [d_sae]."""
         along = self.jvp.line(step)
-        return self._over_probe(lambda total, batch: self.jvp.derivative(total, along, "activations"))
+        return self._over_probe(lambda total: self.jvp.derivative(total, along, "activations"))
 
     def change_after(self, step: Tensors) -> Tensor:
         """ā_f(θ + Δθ) − ā_f(θ) of every feature, not to first order but as it is: [d_sae]."""
         moved = {name: (value + step[name]).to(value.dtype) for name, value in self.parameters.items()}
-        return self._over_probe(lambda total, batch: total(moved) - total(self.parameters))
+
+        def change(total: Function) -> Tensor:
+            before = total(self.parameters)
+            return total(moved) - before
+
+        return self._over_probe(change)
 
     def activation_gradient(self, feature: int) -> Tensors:
         """∇_θ ā_f by parameter; one backward pass through the probe, below the hook point only."""
 
         def of(batch: Mapping[str, Tensor]) -> Tensor:
-            return self._differentiable(self.states(batch))[:, feature].sum()
+            return self.states(batch).activations(self._differentiable)[:, feature].sum()
 
         batches = (self.gradients.batch(examples) for examples in own_share(self.probe()))
         return self.gradient_of_sum(of, batches, 1 / self._probe_tokens())
 
-    def _over_probe(self, what: Callable[[Callable[..., Tensor], Mapping[str, Tensor]], Tensor]) -> Tensor:
-        """Sum over the probe's batches of `what(total activation as a function of the parameters, batch)`, per token."""
+    def _over_probe(self, what: Callable[[Function], Tensor]) -> Tensor:
+        """Sum over the probe's batches of `what(total activation as a function of the parameters)`, per token."""
         tokens = self._probe_tokens()
         result = torch.zeros(
             self.dictionary.d_sae, dtype=wide(self._a_parameter), device=self.dictionary.device
@@ -185,14 +217,27 @@ class Lookahead:
         with torch.no_grad(), evaluation_mode(self.model):
             for examples in own_share(self.probe()):
                 batch = self.gradients.batch(examples)
-                result += what(lambda parameters, b=batch: self.jvp.at(parameters, self._total, b), batch)
+                result += what(self._total_of(batch))
         sum_over_processes([result])
         return result / tokens
 
-    def _total(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Activations summed over the answers' tokens of a batch: [d_sae]."""
-        parts = self.states(batch).split(self.dictionary.tokens_at_once)
-        return torch.stack([self._differentiable(part).sum(0) for part in parts]).sum(0)
+    def _total_of(self, batch: Mapping[str, Tensor]) -> Function:
+        """Activations summed over the answers' tokens of a batch, [d_sae], as a function of the parameters.
+
+        What tokens are attention sinks is decided at the parameters that come first: a token which crosses the limit within a step of a
+        finite difference would be no change of an activation.
+        """
+        answer = batch["completion_mask"].bool()
+        sinks: list[Tensor] = []
+
+        def total() -> Tensor:
+            hidden = self._hidden(batch)
+            if not sinks:
+                sinks.append(self.states_of(forward_ad.unpack_dual(hidden).primal, answer).silent)
+            parts = AnswerStates(hidden[answer], sinks[0]).parts(self.dictionary.tokens_at_once)
+            return torch.stack([part.activations(self._differentiable).sum(0) for part in parts]).sum(0)
+
+        return lambda parameters: self.jvp.at(parameters, total)
 
     def _differentiable(self, states: Tensor) -> Tensor:
         if self._encode is None:
@@ -260,10 +305,18 @@ class Lookahead:
         sum_over_processes(sums.values())
         return {name: value * factor for name, value in sums.items()}
 
-    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states of the answers' tokens [m, d_model]; nothing above the hook point is run."""
-        hidden = run_until(self.point, lambda: last_hidden_state(self.point.decoder, batch))
-        return hidden[batch["completion_mask"].bool()]
+    def states(self, batch: Mapping[str, Tensor]) -> AnswerStates:
+        """Hidden states of the answers' tokens; nothing above the hook point is run."""
+        return self.states_of(self._hidden(batch), batch["completion_mask"].bool())
+
+    def states_of(self, hidden: Tensor, answer: Tensor) -> AnswerStates:
+        """From hidden states [rows, tokens, d_model], those of the answers' tokens [rows, tokens]."""
+        if self.attention_sinks:
+            return AnswerStates(hidden[answer], torch.zeros_like(answer)[answer])
+        return AnswerStates(hidden[answer], find_attention_sinks(hidden, answer)[answer])
+
+    def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return run_until(self.point, lambda: last_hidden_state(self.point.decoder, batch))
 
     @contextmanager
     def unmoved_states(self) -> Iterator[list[Tensor]]:

@@ -103,6 +103,7 @@ class AuditLookahead:
             reference=run.reference,
             method=self.config.method,
             borders=[n * group // groups for group in range(1, groups)],
+            attention_sinks=run.config.attention_sinks,
         )
 
     @cached_property

@@ -14,7 +14,7 @@ from ...models.prompt_cache import PromptCache, can_continue_prompts
 from ...models.token_ids import Ids
 from ...saes.dictionary import FeatureDictionary
 from .jvp import Function, Line
-from .lookahead import Lookahead
+from .lookahead import AnswerStates, Lookahead
 from .processes import join_lists
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class SampledTokens:
         owners: the row of each token [m].
         shared: the batch with its prompts apart, if they are read once.
         changes: for each part of the step, how it changes the tokens' log-probabilities [m].
-        states: hidden states of the tokens, once a pass has gone by [m, d_model].
+        states: hidden states of the tokens, once a pass has gone by.
     """
 
     prompts: Tensor
@@ -98,7 +98,7 @@ class SampledTokens:
     owners: Tensor
     shared: SharedPrompts | None = None
     changes: list[Tensor] = field(default_factory=list)
-    states: Tensor | None = None
+    states: AnswerStates | None = None
 
     @classmethod
     def of(cls, prompts: Tensor, batch: dict[str, Tensor]) -> SampledTokens:
@@ -128,17 +128,17 @@ class SampledTokens:
         if ahead.jvp.method == "finite_difference" or not seen:
             self.states = ahead.states(self.batch)
         elif self.shared is None:
-            self.states = seen[-1][self.batch["completion_mask"].bool()]
+            self.states = ahead.states_of(seen[-1], self.batch["completion_mask"].bool())
         else:
-            self.states = seen[-1][:, 1:][self.shared.predicted]
+            self.states = ahead.states_of(seen[-1][:, 1:], self.shared.predicted)
 
     def encoded(self, dictionary: FeatureDictionary) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Some tokens at a time: which, their activations, and the roots of these [n, d_sae]."""
         assert self.states is not None
         size = max(1, dictionary.tokens_at_once // _COPIES)
-        for at in range(0, self.tokens, size):
-            here = slice(at, at + size)
-            values = dictionary.encode(self.states[here]).double()
+        for number, part in enumerate(self.states.parts(size)):
+            here = slice(number * size, (number + 1) * size)
+            values = part.activations(dictionary.encode).double()
             yield here, values, values.abs().sqrt_().copysign_(values)
 
 
