@@ -3,11 +3,14 @@
     python scripts/bench_dictionary.py --features 16384 65536 262144 1048576
     python scripts/bench_dictionary.py --features 1048576 --dtype bfloat16
     python scripts/bench_dictionary.py --features 1048576 --width 16 --trainer
+    python scripts/bench_dictionary.py --features 16384 131072 --directions --pairs 8
 
 Every size is a process of its own, with a random JumpReLU SAE that it saves and loads. "own" is the memory of the process's
 own beyond what the imports took, at most during a stage and at its end; "mapped" are the pages of files that were in memory
 at its end, which processes share and the system may drop; seconds are processor time, since others may use the machine. With
-`--trainer` a tiny model is trained with TRL's DPO, with and without the callback.
+`--trainer` a tiny model is trained with TRL's DPO, with and without the callback. With `--directions` a random Llama of 4 layers of
+256 is audited with directions that have no encoder, of which every one is active at every token: what the audit keeps of a pair as it
+is, and with the figures of every active feature, as for an SAE.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -176,6 +180,32 @@ def trainer_of(features: int, width: int, with_callback: bool, root: Path) -> li
     return stages.rows
 
 
+def directions_on_disk(features: int, pairs: int) -> None:
+    """Bytes that an audit's parts take a pair, and processor seconds of its pass."""
+    from rich import print
+    from tiny import TINY, tiny_parts
+
+    from trl_sae_audit import audit_preferences
+    from trl_sae_audit.audit import run
+
+    most = run._MOST_ENTRIES
+    for name, entries in (("sums alone", most), ("figures of every feature", 2**62)):
+        run._MOST_ENTRIES = entries
+        build, tokenizer, dataset, dictionary = tiny_parts(**TINY | {"features": features}, pairs=pairs)
+        with tempfile.TemporaryDirectory() as directory:
+            began = time.process_time()
+            audit_preferences(
+                *(build(), tokenizer, dataset, dictionary),
+                output_dir=directory,
+                lookahead=None,
+                progress=False,
+            )
+            seconds = time.process_time() - began
+            parts = sum(path.stat().st_size for path in (Path(directory) / "parts").rglob("*") if path.is_file())  # fmt: skip
+        print(f"{features:,} directions, {name}: {parts / pairs / 1000:,.1f} kB a pair, {seconds / pairs:.2f} s a pair")  # fmt: skip
+    run._MOST_ENTRIES = most
+
+
 def alone(arguments: list[str]) -> list[dict[str, Any]]:
     """A process of its own."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
@@ -210,6 +240,7 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="how to keep the SAE"
     )
     parser.add_argument("--trainer", action="store_true", help="train a tiny model instead")
+    parser.add_argument("--directions", action="store_true", help="audit with bare directions instead")
     parser.add_argument("--flips", type=int, default=9999, help="sign flips of an audit's statistics")
     parser.add_argument("--pairs", type=int, default=64, help="of an audit's statistics")
     parser.add_argument("--only_audit", "--only-audit", action="store_true", help="no training stages")
@@ -229,6 +260,9 @@ def main() -> None:
         print(json.dumps(rows))
         return
     for features in options.features:
+        if options.directions:
+            directions_on_disk(features, options.pairs)
+            continue
         with tempfile.TemporaryDirectory() as root:
             common = ["--features", str(features), "--width", str(options.width), "--directory", root]
             common += ["--dtype", options.dtype, "--flips", str(options.flips), "--pairs", str(options.pairs)]

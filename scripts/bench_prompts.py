@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/bench_prompts.py
     OMP_NUM_THREADS=1 python scripts/bench_prompts.py --model DIR --sae DIR --data pairs.jsonl --max_length 160 --prompts 4
 
-- sampling: new tokens a second, four answers a prompt;
+- sampling: new tokens a second, four answers a prompt, as many rows at a time as an audit samples, a run's drift in generations, and
+  `verify --samples 4` (by default `verify` samples one answer a prompt, and each is read once in any case);
 - the derivative along a step, in passes forward over the same rows, and with prompts read once;
 - chosen and rejected: forward and backward with both answers after one copy of the prompt, in one row with an attention mask, beside
   two whole rows. Nothing does that: above the hook point the gradient of a prompt's tokens must be known for each answer, so only the
@@ -30,12 +31,15 @@ from trl import DPOConfig
 from trl_sae_audit.audit.lookahead.generations import Generations
 from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
+from trl_sae_audit.audit.lookahead.run import PROMPTS_TOGETHER
 from trl_sae_audit.audit.lookahead.sampled_tokens import SampledTokens, SharedPrompts
 from trl_sae_audit.audit.objectives import PreferenceLoss
+from trl_sae_audit.callbacks.generations import _SAMPLED_TOGETHER
 from trl_sae_audit.models import sampling as sampling_module
 from trl_sae_audit.models.hook_points import resolve_hook_point
 from trl_sae_audit.models.residual_stream import last_hidden_state
 from trl_sae_audit.models.sampling import Sampling, sample_ids
+from trl_sae_audit.verification.measured import sample_answers
 
 
 def main() -> None:
@@ -61,27 +65,41 @@ def main() -> None:
 
 
 def sampling(options: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[Any]) -> Generations:
-    """With the prompts read once, and once an answer."""
+    """With the prompts read once, and once an answer, for each that samples: those of the audit."""
     how = Sampling(answers=4, max_new_tokens=options.tokens)
     shared: Any = sampling_module._SharedPrompts
     plain = shared.of
+    rows = [{"prompt": tokenizer.decode(prompt)} for prompt in prompts]
+    sampled: dict[str, Callable[[], list[Any]]] = {
+        "an audit": lambda: sample_ids(
+            model, tokenizer, prompts, how, batch_size=how.answers * PROMPTS_TOGETHER
+        ),
+        "drift in generations": lambda: sample_ids(
+            model, tokenizer, prompts, how, batch_size=_SAMPLED_TOGETHER
+        ),
+        "verify --samples 4": lambda: [
+            [answer] for _, _, answer in sample_answers(model, tokenizer, rows, sampling=how, batch_size=16)
+        ],
+    }
     found: dict[str, Any] = {}
 
-    def run(name: str, of: Any) -> None:
+    def run(who: str, of: Any, name: str) -> None:
         shared.of = of
-        found[name] = sample_ids(model, tokenizer, prompts, how, batch_size=4 * len(prompts))
+        found[name] = sampled[who]()
         shared.of = plain
 
-    runs = {
-        "prompt read once": partial(run, "prompt read once", plain),
-        "prompt read for every answer": partial(run, "prompt read for every answer", lambda model: None),
-    }
     print(f"sampling, {len(prompts)} prompts of {sum(map(len, prompts)) / len(prompts):.0f} tokens:")
-    times, flops = compare(runs, options.rounds)
-    for name, seconds in times.items():
-        tokens = sum(len(answer) for answers in found[name] for answer in answers)
-        print(f"  {name}: {tokens / seconds:.0f} tokens/s, {flops[name] / tokens / 1e6:.1f} MFLOP a token")
-    return Generations(prompts, found["prompt read once"])
+    for who in sampled:
+        names = {f"{who}, prompt read once": plain, f"{who}, for every answer": lambda model: None}
+        times, flops = compare(
+            {name: partial(run, who, of, name) for name, of in names.items()}, options.rounds
+        )
+        for name, seconds in times.items():
+            tokens = sum(len(answer) for answers in found[name] for answer in answers)
+            print(
+                f"  {name}: {tokens / seconds:.0f} tokens/s, {flops[name] / tokens / 1e6:.1f} MFLOP a token"
+            )
+    return Generations(prompts, found["an audit, prompt read once"])
 
 
 def derivatives(
