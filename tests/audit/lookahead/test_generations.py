@@ -96,10 +96,10 @@ def test_frequency_is_the_derivative_of_weighing_whole_answers(tokenizer):
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("method", ["forward", "finite_difference"])
 def test_no_feature_is_active_at_an_attention_sink(tokenizer, counted, method):
-    """Answers to one prompt read it once; likewise weighted, with 0 at words whose embedding is a hundred times as long."""
+    """Answers to one prompt read it once; likewise weighted, with 0 at the place whose embedding is a hundred times as long."""
     model, dictionary = make_gpt2(tokenizer), topk()
     with torch.no_grad():
-        model.transformer.wte.weight[10:22] *= 100
+        model.transformer.wpe.weight[5] *= 100
     ahead = look(model, tokenizer, dictionary, RULES["adamw"], method=method, attention_sinks=counted)
     batches = answers_of(model, tokenizer, PROMPTS, 20, 6)
     found = predict_in_generations(ahead, iter(batches))
