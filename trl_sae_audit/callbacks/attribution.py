@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..errors import AuditError
 from ..models.tokenizers import Processing
-from ..trainers.kinds import calling_trainer
+from ..trainers.kinds import calling_trainer, check_added_once
 from .config import AttributionConfig
 from .session import AttributionSession
 
@@ -102,13 +102,9 @@ class FeatureAttributionCallback(TrainerCallback):
         if self._session is not None and not self._session.finished:
             self._session.abort()
         trainer = calling_trainer(self)
+        check_added_once(self, trainer)
         callbacks = trainer.callback_handler.callbacks
-        attached = [callback for callback in callbacks if isinstance(callback, type(self))]
-        if attached.count(self) > 1:
-            raise AuditError(
-                "This attribution callback was added to the trainer twice, and would count every step twice; pass it in "
-                "callbacks=[…] or to add_callback, not both."
-            )
+        attached = [each for each in callbacks if isinstance(each, FeatureAttributionCallback)]
         self._session = AttributionSession(self.config, trainer, attached.index(self))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from transformers import TrainerCallback
@@ -11,6 +13,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from ..record.reader import RunRecord
 from ..record.rollouts import COLUMNS, read_rollouts
+
+logger = logging.getLogger(__name__)
 
 ROWS = 50
 """Features in a table."""
@@ -46,14 +50,28 @@ def publish(
         key = "train/sae/features" if len(names) == 1 else f"train/sae/{name}/features"
         table = top_features(record, name)
         for reporter in callbacks:
-            if isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
-                reporter.tb_writer.add_text(key, as_markdown(table), global_step)
-            elif isinstance(reporter, WandbCallback):
-                _publish_wandb(key, table, global_step)
-            elif isinstance(reporter, TrackioCallback):
-                _publish_trackio(key, table, global_step)
-    if completions and any(isinstance(reporter, TrackioCallback) for reporter in callbacks):
-        _trace_rollouts(record, global_step)
+            with _tolerated(reporter):
+                if isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
+                    reporter.tb_writer.add_text(key, as_markdown(table), global_step)
+                elif isinstance(reporter, WandbCallback):
+                    _publish_wandb(key, table, global_step)
+                elif isinstance(reporter, TrackioCallback):
+                    _publish_trackio(key, table, global_step)
+    for reporter in [each for each in callbacks if isinstance(each, TrackioCallback)][: int(completions)]:
+        with _tolerated(reporter):
+            _trace_rollouts(record, global_step)
+
+
+@contextlib.contextmanager
+def _tolerated(reporter: TrainerCallback) -> Iterator[None]:
+    """A training is worth more than what a dashboard shows of it: whatever that raises, a lost connection say, is logged."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        logger.warning(
+            "%s could not be told (%s: %s); the run record has all of it.",
+            *(type(reporter).__name__, type(error).__name__, error),
+        )
 
 
 def top_features(record: RunRecord, dictionary: str) -> pd.DataFrame:
@@ -88,15 +106,16 @@ def send_alert(callbacks: Sequence[TrainerCallback], title: str, text: str) -> N
         text: what it means and what to do.
     """
     for reporter in callbacks:
-        if isinstance(reporter, TrackioCallback):
-            import trackio
+        with _tolerated(reporter):
+            if isinstance(reporter, TrackioCallback):
+                import trackio
 
-            trackio.alert(title, text, level=trackio.AlertLevel.WARN)
-        elif isinstance(reporter, WandbCallback):
-            import wandb
+                trackio.alert(title, text, level=trackio.AlertLevel.WARN)
+            elif isinstance(reporter, WandbCallback):
+                import wandb
 
-            if wandb.run is not None:  # WANDB_DISABLED
-                wandb.run.alert(title, text, level="WARN")
+                if wandb.run is not None:  # WANDB_DISABLED
+                    wandb.run.alert(title, text, level="WARN")
 
 
 def _publish_wandb(key: str, table: pd.DataFrame, global_step: int) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from ..errors import AuditError
 from ..metric_names import PENALTY_SHARE, is_fit_metric, parse_feature_metric
 from ..statistics import mann_kendall
-from ..trainers.kinds import calling_trainer, trainer_kind
+from ..trainers.kinds import calling_trainer, check_added_once, trainer_kind
 from ..trainers.logs import DeferredMetrics, log_kind
 from .dashboards import send_alert
 
@@ -159,6 +159,8 @@ class GuardCallback(TrainerCallback):
         self._stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_added_once(self, calling_trainer(self))
+        self._deferred.release()  # a run that was left by an exception made no log after its last alert
         self._forget()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from ..record.checkpoint import CallbackState
 from ..record.manifest import is_same_run, read_manifest
 from ..record.writer import RecordWriter
 from ..saes.dictionary import FeatureDictionary
+from ..trainers.checkpoints import resumed_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class ResumeState:
         if global_step == 0:
             return None
         if self.is_saved:
-            return CallbackState.load(self._directory, self.dictionaries)
+            return CallbackState.load(self._resumed, self.dictionaries)
         for directory in self._numbered():
             state = CallbackState.of_record(directory, global_step, self.dictionaries)
             if state is not None:
@@ -56,7 +57,7 @@ class ResumeState:
                 break
         if self.output_dir.exists():
             raise AuditError(
-                f"The run resumes at step {global_step}, but {self._directory.parent} holds no state "
+                f"The run resumes at step {global_step}, but {self._resumed.parent} holds no state "
                 f"of this callback to continue the record in {self.output_dir} with; choose a new output_dir, which "
                 "then begins at this step."
             )
@@ -68,23 +69,24 @@ class ResumeState:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the checkpoint of the trainer's step has a state of this callback."""
-        return (self._directory / MANIFEST).is_file()
+        """Whether the checkpoint that is resumed from has a state of this callback."""
+        return (self._resumed / MANIFEST).is_file()
 
-    def save(self, state: CallbackState) -> None:
-        """Put it into the checkpoint of the trainer's step; where that fails, the log says so."""
+    def save(self, state: CallbackState, checkpoint: Path | None = None) -> None:
+        """Put it into a checkpoint, by default the one that is resumed from; where that fails, the log says so."""
+        directory = self._resumed if checkpoint is None else checkpoint / self._name
         try:
-            state.save(self._directory, self.dictionaries)
+            state.save(directory, self.dictionaries)
         except OSError as error:
             logger.error(
                 "%s has no state of this callback, for it cannot be written (%s). A run can be resumed from it as long as "
                 "the record in %s ends there.",
-                *(self._directory.parent, error.strerror, self.output_dir),
+                *(directory.parent, error.strerror, self.output_dir),
             )
 
-    def discard(self) -> None:
-        """The checkpoint of the trainer's step is about to be made again: forget the state in it, if any."""
-        (self._directory / MANIFEST).unlink(missing_ok=True)
+    def discard(self, checkpoint: Path) -> None:
+        """A checkpoint is about to be made, perhaps again: forget the state in it, if any."""
+        (checkpoint / self._name / MANIFEST).unlink(missing_ok=True)
 
     def open_record(self, header: Mapping[str, Any], state: CallbackState | None) -> RecordWriter:
         """The record of the run that is resumed from `state`, or a new one."""
@@ -140,6 +142,10 @@ class ResumeState:
         return manifest["status"] == "running" and is_same_run(manifest, header)
 
     @property
-    def _directory(self) -> Path:
-        checkpoint = Path(self.trainer.args.output_dir) / f"checkpoint-{self.trainer.state.global_step}"
-        return checkpoint / f"sae_audit_{self.position}"
+    def _name(self) -> str:
+        """Of this callback's part of a checkpoint."""
+        return f"sae_audit_{self.position}"
+
+    @property
+    def _resumed(self) -> Path:
+        return resumed_checkpoint(self.trainer) / self._name

@@ -207,19 +207,19 @@ class AttributionSession(TrainerListener):
             logs.update(metrics.of_generations(tracker, prefix, look))
         self._write_if_due()
 
-    def before_checkpoint(self) -> None:
+    def before_checkpoint(self, directory: Path) -> None:
         """Put the record on disk, with what a resumed run needs if this process dies before `after_checkpoint`."""
         self._project()
         self._contexts.write(self.step)
         if self._writer is None:
             return
-        self._resume.discard()
+        self._resume.discard(directory)
         self._writer.write(self.step, self._totals(), self._state().note(self.trainer.state.global_step))
 
-    def after_checkpoint(self) -> None:
+    def after_checkpoint(self, directory: Path) -> None:
         """Put what a resumed run needs into the checkpoint that the trainer has made."""
         if self._writer is not None:
-            self._resume.save(self._state())
+            self._resume.save(self._state(), directory)
 
     def before_train_end(self) -> None:
         """Show the top features on the trainer's dashboards, which close before this callback is told of the end."""
@@ -267,7 +267,9 @@ class AttributionSession(TrainerListener):
             self._detach()
 
     def abort(self) -> None:
-        """Training ended with an exception. No communication between processes: the others may be gone."""
+        """Training ended with an exception, if it has not ended well. No communication between processes: the others may be gone."""
+        if self.finished:
+            return
         self._detach()
         if self._writer is None:
             return

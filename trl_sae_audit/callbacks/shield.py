@@ -16,7 +16,7 @@ from ..saes.compatibility import check_dictionary
 from ..saes.dictionary import FeatureDictionary
 from ..trainers.engines import check_engine
 from ..trainers.hooks import TrainerHooks
-from ..trainers.kinds import calling_trainer, policy_of
+from ..trainers.kinds import calling_trainer, check_added_once, policy_of
 from ..trainers.lifecycle import TrainerListener
 from ..trainers.logs import log_kind
 
@@ -105,8 +105,10 @@ class FeatureShieldCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()
+        trainer = calling_trainer(self)
+        check_added_once(self, trainer)
         if self.flags:
-            self._run = _Run(self, calling_trainer(self))
+            self._run = _Run(self, trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run is not None:

@@ -95,7 +95,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _embedded(decoder: nn.Module) -> int:
     model = next(part for part in decoder.modules() if isinstance(part, PreTrainedModel))
-    return model.get_input_embeddings().num_embeddings
+    # PEFT may have put an adapter around the embeddings, with or without their attributes
+    return next(
+        part.num_embeddings
+        for part in model.get_input_embeddings().modules()
+        if hasattr(part, "num_embeddings")
+    )
 
 
 def inner_tokenizer(processing: Any) -> Any:

@@ -10,9 +10,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import AuditError
 from ..io.atomic import write_durably
 from ..io.manifest import document, fit, read_document
-from ..trainers.kinds import calling_trainer
+from ..trainers.checkpoints import resumed_checkpoint
+from ..trainers.kinds import calling_trainer, check_added_once
 from ..trainers.lifecycle import LifecycleHooks, TrainerListener
 from .shaper import Shaper
+
+_FILE = "sae_shaping.json"
 
 
 class Shaped(Protocol):
@@ -47,8 +50,9 @@ class ShapingCallback(TrainerCallback, TrainerListener):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer = calling_trainer(self)
+        check_added_once(self, self._trainer)
         if state.global_step > 0:
-            self._restore(args, state)
+            self._restore(resumed_checkpoint(self._trainer) / _FILE, state)
         self._keep_states(state)
         self.abort()
         self._hooks = LifecycleHooks(self._trainer, self)
@@ -63,15 +67,14 @@ class ShapingCallback(TrainerCallback, TrainerListener):
     ) -> None:
         self.abort()
 
-    def after_checkpoint(self) -> None:
+    def after_checkpoint(self, directory: Path) -> None:
         trainer = self._trainer
         if self._states_at != trainer.state.global_step:
             # The step has ended, but callbacks before this one are told first.
             self._keep_states(trainer.state)
         if trainer.accelerator.is_main_process:
-            path = _path(trainer.args, trainer.state)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, document("penalties", {"states": self._states}))
+            directory.mkdir(parents=True, exist_ok=True)
+            write_durably(directory / _FILE, document("penalties", {"states": self._states}))
 
     def abort(self) -> None:
         if self._hooks is not None:
@@ -85,8 +88,7 @@ class ShapingCallback(TrainerCallback, TrainerListener):
         self._states = [penalty.state_dict() for penalty in self.penalties]
         self._states_at = state.global_step
 
-    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        path = _path(args, state)
+    def _restore(self, path: Path, state: TrainerState) -> None:
         try:
             saved = fit(list[dict[str, Any]], read_document(path, "penalties").get("states"))
         except ValueError as error:
@@ -101,7 +103,3 @@ class ShapingCallback(TrainerCallback, TrainerListener):
             )
         for penalty, one in zip(self.penalties, saved, strict=True):
             penalty.load_state_dict(one)
-
-
-def _path(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "sae_shaping.json"

@@ -45,7 +45,6 @@ class TrainerHooks(LifecycleHooks):
         super().__init__(trainer, listener)
         self.kind = trainer_kind(trainer)
         self.layout = LAYOUTS[self.kind]
-        self._trainer = trainer
         self._handles: list[Any] = []
         self._batches: list[Batch] = []
         self._divisor: float | None = None
@@ -107,10 +106,9 @@ class TrainerHooks(LifecycleHooks):
     def _compute_loss(self, original: Method, /, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # an evaluation
             return original(model, inputs, *args, **kwargs)
-        known, batch = (
-            len(self._batches),
-            dict(inputs),
-        )  # a copy: a loss may take keys out, as for label smoothing
+        known = len(self._batches)
+        # a copy: a loss may take keys out, as for label smoothing; a trainer of the user's own may have no keys
+        batch = dict(inputs) if isinstance(inputs, Mapping) else {}
         loss = original(model, inputs, *args, **kwargs)
         if len(self._batches) == known:
             self._batches += self._batch_of(batch)

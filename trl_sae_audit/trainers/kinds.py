@@ -62,6 +62,17 @@ def calling_trainer(callback: TrainerCallback) -> Trainer:
     )
 
 
+def check_added_once(callback: TrainerCallback, trainer: Trainer) -> None:
+    """Raises:
+    AuditError: if the trainer has the callback twice, and would tell it of every step twice.
+    """
+    if sum(each is callback for each in trainer.callback_handler.callbacks) > 1:
+        raise AuditError(
+            f"This {type(callback).__name__} was added to the trainer twice, and would count every step twice; pass it in "
+            "callbacks=[…] or to add_callback, not both."
+        )
+
+
 def trainer_kind(trainer: Trainer) -> str:
     """Name of the TRL trainer in LAYOUTS that `trainer` is or derives from; "Trainer" where only the loop is known.
 

@@ -13,10 +13,15 @@ LogKind = Literal["training", "evaluation", "summary"]
 
 
 def log_kind(logs: Mapping[str, Any]) -> LogKind:
-    """What a trainer logs: means over steps, the results of an evaluation, or the sums at the end of training."""
-    if all(name.startswith("eval_") for name in logs):
-        return "evaluation"
-    return "summary" if "train_runtime" in logs else "training"
+    """What a trainer logs: means over steps, the results of an evaluation, or the sums at the end of training.
+
+    An evaluation is known by its time, under the prefix that all its results have: `evaluate(metric_key_prefix="test")`.
+    """
+    if "train_runtime" in logs:
+        return "summary"
+    prefixes = [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]
+    of_evaluation = any(all(name.startswith(prefix) for name in logs) for prefix in ("eval_", *prefixes))
+    return "evaluation" if of_evaluation else "training"
 
 
 class DeferredMetrics:
@@ -28,14 +33,20 @@ class DeferredMetrics:
 
     def __init__(self) -> None:
         self._collected: list[Mapping[str, float]] = []
-        self._wraps: MethodWraps | None = None
+        self._trainer: Trainer | None = None
+        self._wraps = MethodWraps()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is pickled, waits for no trainer's log."""
+        return vars(DeferredMetrics())
 
     def add(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         """Note the metrics of one batch."""
-        self._collected.append(dict(metrics))
-        if self._wraps is None:
-            self._wraps = MethodWraps()
+        if trainer is not self._trainer:  # that one, if any, ended without a log
+            self.release()
+            self._collected, self._trainer = [], trainer
             self._wraps.wrap(trainer, "log", self._log)
+        self._collected.append(dict(metrics))
 
     def _log(self, original: Method, /, logs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         kind = log_kind(logs)
@@ -48,9 +59,8 @@ class DeferredMetrics:
 
     def release(self) -> None:
         """Take the wrapper off the trainer without waiting for its log."""
-        if self._wraps is not None:
-            self._wraps.undo()
-            self._wraps = None
+        self._wraps.undo()
+        self._trainer = None
 
 
 def _means(batches: list[Mapping[str, float]]) -> dict[str, float]:
