@@ -23,7 +23,14 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from trl import DPOTrainer
 
-from trl_sae_audit import AuditError, FeatureAttributionCallback, FeatureDictionary, RunRecord
+from trl_sae_audit import (
+    AuditError,
+    FeatureAttributionCallback,
+    FeatureDictionary,
+    Flag,
+    RunRecord,
+    audit_preferences,
+)
 from trl_sae_audit.audit import result
 from trl_sae_audit.audit.objectives import PreferenceLoss
 
@@ -348,3 +355,55 @@ def test_the_table_is_built_once_and_a_change_of_it_stays_with_whoever_made_it(
         read()
     pd.testing.assert_frame_equal(audit.features(), before)
     assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["lora", "tokens", "copy"],
+)
+def test_adapters_around_the_embeddings(tokenizer, dictionary, adapted):
+    model = get_peft_model(make_model(tokenizer), LoraConfig(r=2, task_type="CAUSAL_LM", **adapted))
+    expected = audited(make_model(tokenizer), tokenizer, pairs(4), dictionary)
+    found = audited(model, tokenizer, pairs(4), dictionary)  # before a step, adapters change nothing
+    assert relative(by_feature(found)["attribution"], by_feature(expected)["attribution"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["inference", "no_grad", "autocast"],
+)
+def test_whatever_a_notebook_has_switched_on(tokenizer, around):
+    model, dictionary = make_model(tokenizer), make_sae_dictionary()
+    expected = audit_preferences(model, tokenizer, pairs(8), dictionary, progress=False)
+    with around():
+        found = audit_preferences(model, tokenizer, pairs(8), dictionary, progress=False)
+    assert found.features().equals(expected.features())
+    assert found.influence([Flag("tiny", 3)]).equals(expected.influence([Flag("tiny", 3)]))
+
+
+def test_another_default_type(tokenizer):
+    model, dictionary = make_model(tokenizer), make_sae_dictionary()
+    expected = audit_preferences(model, tokenizer, pairs(8), dictionary, progress=False).features()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = audit_preferences(model, tokenizer, pairs(8), dictionary, progress=False).features()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.equals(expected)
+
+
+def test_a_model_made_in_inference_mode_is_refused(tokenizer, dictionary):
+    with torch.inference_mode():
+        model = make_model(tokenizer)
+    with pytest.raises(AuditError, match="load it outside"):
+        audit_preferences(model, tokenizer, pairs(4), dictionary, progress=False)

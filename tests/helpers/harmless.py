@@ -12,7 +12,9 @@ WRAPPED = {
     "log",
     "training_step",
     "compute_loss",
+    "_evaluate",
     "_run_epoch",
+    "_finalize_training",
     "_save_checkpoint",
     "_calculate_rewards_from_functions",
     "_forward",
@@ -46,5 +48,9 @@ def nothing_left(trainer: Trainer) -> bool:
     """No hook of this package on the model (transformers leaves some of its own), no wrapped method."""
     hooks = [hook for module in trainer.model.modules() for hook in module._forward_hooks.values()]
     ours = [hook for hook in hooks if hook.__module__.startswith("trl_sae_audit")]
-    handler = vars(trainer.callback_handler)
-    return not ours and not WRAPPED & vars(trainer).keys() and "on_train_end" not in handler
+    handler = trainer.callback_handler
+    events = {"on_train_begin", "on_epoch_begin", "on_train_end"}
+    wrapped = [
+        type(vars(one).get(event)).__name__ for one in (handler, *handler.callbacks) for event in events
+    ]
+    return not ours and not WRAPPED & vars(trainer).keys() and "_Wrapper" not in wrapped

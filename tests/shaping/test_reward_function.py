@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from helpers.shaped import FLAGS, scorer
 from helpers.trainers import arguments
 from helpers.worlds import (
@@ -399,3 +400,29 @@ def test_flags_and_penalties_that_do_not_fit_are_refused() -> None:
     raw = FeatureScorer(make_model(tokenizer), tokenizer, make_dictionary())
     with pytest.raises(AuditError, match="not calibrated"):
         ShapedReward(reward_by_length, raw, FLAGS, AdaptivePenalty())
+
+
+def test_a_reward_model_s_conversations_are_rendered_as_the_trainer_does(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if strict is defined %}w1 w2 {% endif %}{% for message in messages %}{{ message.content }} {% endfor %}"
+    asked = [[{"role": "user", "content": text}] for text in ("w3", "w4 w5")]
+    answers = [[{"role": "assistant", "content": text}] for text in ("w6 w7", "w8")]
+    rows = [{"prompt": prompt} for prompt in asked]
+    found = []
+    model = make_reward_model(tokenizer)
+    for reward, reader in (
+        (model, tokenizer),
+        (ShapedReward(model, scorer(), [], 0.0, reward_tokenizer=tokenizer), None),
+    ):
+        settings = arguments(tmp_path, num_generations=2, chat_template_kwargs={"strict": True})
+        trainer = GRPOTrainer(
+            make_model(tokenizer),
+            reward_funcs=reward,
+            reward_processing_classes=reader,
+            args=GRPOConfig(**settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        found.append(trainer._calculate_rewards(rows, asked, answers, [[1], [1]]))
+    assert torch.allclose(found[0], found[1])
+    assert found[0][0] != found[0][1]

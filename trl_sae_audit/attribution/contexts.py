@@ -67,7 +67,7 @@ class ContextReservoir:
     """
 
     def __init__(self, d_sae: int, device: torch.device, kept: int = KEPT) -> None:
-        self._value = torch.zeros(kept, d_sae, device=device)
+        self._value = torch.zeros(kept, d_sae, dtype=torch.float32, device=device)
         self._place = torch.full((kept, d_sae), _WRITTEN, dtype=torch.int64, device=device)
         self._texts: dict[int, Peaks] = {}
         self._windows: dict[int, ResponseWindow] = {}

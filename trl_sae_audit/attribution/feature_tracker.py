@@ -134,7 +134,7 @@ class FeatureTracker:
             Whether any has; a step without one counts as zero.
         """
         parts, self._microbatches = self._microbatches, []
-        nothing = torch.zeros(0, self.dictionary.d_model, device=self.dictionary.device)
+        nothing = torch.zeros(0, self.dictionary.d_model, dtype=torch.float32, device=self.dictionary.device)
         step = RowGradients.join(parts or [RowGradients.of(nothing, None)], divisor)
         if self.selects and step.selection is None:
             step = replace(step, selection=SelectionSums.zero(self.dictionary.d_sae, self.dictionary.device))

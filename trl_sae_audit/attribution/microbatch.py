@@ -77,7 +77,7 @@ class RowGradients:
                 f"The model saw {len(rows)} rows where pairs of chosen and rejected were expected; a custom collator, "
                 "packing or padding_free changes the layout."
             )
-        masks = torch.ones(3, len(rows), device=rows.device)
+        masks = torch.ones(3, len(rows), dtype=torch.float32, device=rows.device)
         if sides is None:
             masks[1:] = 0
         else:

@@ -52,9 +52,8 @@ class TokenSample:
 
     def __call__(self, view: TokenView) -> None:
         rows, length, width = view.hidden.shape
-        index = torch.linspace(
-            0, rows * length - 1, min(self.size, rows * length), device=view.hidden.device
-        ).long()
+        device, size = view.hidden.device, min(self.size, rows * length)
+        index = torch.linspace(0, rows * length - 1, size, dtype=torch.float32, device=device).long()
         before = (index - 1).clamp(min=0)
         flat = view.gradient.reshape(-1, width)
         reached = (flat[index] != 0).any(-1) & (flat[before] != 0).any(-1) & (index % length > 0)
@@ -224,7 +223,7 @@ class SelectionObserver:
         for drawn, last in pending:
             assert self.head is not None
             self.residual = last.weigh(drawn, self.head)
-        nothing = torch.zeros(self.dictionary.d_sae, device=self.dictionary.device)
+        nothing = torch.zeros(self.dictionary.d_sae, dtype=torch.float32, device=self.dictionary.device)
         responses = ResponseSums(nothing, nothing, nothing[:1])
         for forward in forwards:
             if forward.gradient is None:
@@ -246,7 +245,9 @@ class SelectionObserver:
             self.sinks = found if self.sinks is None else self.sinks + found
             self._keep_contexts(forward, drawn[0], parts[0])
         if not parts or len(parts) < len(forward.drawn):
-            unknown = torch.full((self.dictionary.d_sae,), torch.nan, device=self.dictionary.device)
+            unknown = torch.full(
+                (self.dictionary.d_sae,), torch.nan, dtype=torch.float32, device=self.dictionary.device
+            )
             sums = ResponseSums(unknown, unknown, unknown[:1])
             return RowSelections(unknown.expand(rows, -1), unknown[:1].expand(rows), sums)
         return RowSelections(

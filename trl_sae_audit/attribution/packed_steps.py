@@ -118,8 +118,8 @@ def _project(vectors: Tensor, groups: list[Tensor], dictionary: FeatureDictionar
 
     In one reading of the dictionary, and without an [n, d_sae] matrix of the groups.
     """
-    products = torch.empty(len(vectors), dictionary.d_sae, device=dictionary.device)
-    squares = torch.empty(len(groups), dictionary.d_sae, device=dictionary.device)
+    products = torch.empty(len(vectors), dictionary.d_sae, dtype=torch.float32, device=dictionary.device)
+    squares = torch.empty(len(groups), dictionary.d_sae, dtype=torch.float32, device=dictionary.device)
     for chunk in dictionary.chunks(max(map(len, [vectors, *groups]))):
         products[:, chunk.features] = chunk.project(vectors)
         for index, group in enumerate(groups):

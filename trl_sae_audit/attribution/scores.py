@@ -81,7 +81,7 @@ class TokenScores:
     def zero(cls, dictionary: FeatureDictionary) -> TokenScores:
         return cls(
             torch.zeros_like(dictionary.norms),
-            torch.zeros((), device=dictionary.device),
+            torch.zeros((), dtype=torch.float32, device=dictionary.device),
             torch.zeros_like(dictionary.norms),
         )
 
@@ -110,7 +110,9 @@ class TokenScores:
             scale: how many tokens each stands for [n]; by default one.
             silent: at which no feature counts as active [n]; by default none.
         """
-        scale = torch.ones(len(gradient), device=gradient.device) if scale is None else scale
+        scale = (
+            torch.ones(len(gradient), dtype=torch.float32, device=gradient.device) if scale is None else scale
+        )
         silent = torch.zeros_like(scale, dtype=torch.bool) if silent is None else silent
         values = (gradient.float(), hidden.float(), scale.float(), silent)
         for g, h, times, none in zip(

@@ -119,11 +119,11 @@ def draw_tokens(weights: Tensor, counted: Tensor, budget: int, generator: torch.
     if device.type == "cpu":  # which does not have to be waited for
         every = counted.flatten().nonzero()[:, 0]
         if len(every) <= budget:
-            return TokenDraw(every, torch.ones(len(every)))
+            return TokenDraw(every, torch.ones(len(every), dtype=torch.float32))
     if counted.numel() <= budget:
         return TokenDraw(torch.arange(counted.numel(), device=device), counted.flatten().float())
     wide = accumulator(device)
-    order = torch.rand(rows, tokens, device=device, generator=generator).argsort(1)
+    order = torch.rand(rows, tokens, device=device, dtype=torch.float32, generator=generator).argsort(1)
     widths = (_shares(weights.to(wide), counted).gather(1, order) * _RESOLUTION).to(torch.int64).flatten()
     ends = widths.cumsum(0)
     whole = ends[-1]
@@ -213,7 +213,7 @@ def encode_rows(
     states = torch.where(meant[:, None], hidden, 0.0)
     factors = torch.where(meant, weights * draw.scale, 0.0)
     number = torch.arange(len(row_weights), device=owners.device)[:, None]
-    zero = torch.zeros(dictionary.d_sae, device=owners.device)
+    zero = torch.zeros(dictionary.d_sae, dtype=torch.float32, device=owners.device)
     products, activation, active = zero.expand(len(number), -1).clone(), zero, zero.clone()
     peak, peak_place = zero.clone(), torch.zeros_like(zero, dtype=torch.int64)
     parts = [
@@ -269,14 +269,14 @@ class SelectionSums:
         values, sums = products, weights
         if paired:
             values, sums = (part[: len(part) // 2] + part[len(part) // 2 :] for part in (products, weights))
-        none = torch.zeros(products.shape[1], device=products.device)
+        none = torch.zeros(products.shape[1], dtype=torch.float32, device=products.device)
         return cls(
             products=sides @ products,
             squares=values.square().sum(0),
             crossed=sums @ values,
             weights=sides @ weights,
             weight_squares=sums.square().sum(0, keepdim=True),
-            examples=torch.full((1,), float(len(sums)), device=sums.device),
+            examples=torch.full((1,), float(len(sums)), dtype=torch.float32, device=sums.device),
             activation=none,
             active=none,
             tokens=none[:1],
@@ -285,8 +285,8 @@ class SelectionSums:
     @classmethod
     def zero(cls, features: int, device: torch.device) -> SelectionSums:
         """Of no rows."""
-        nothing = torch.zeros(0, features, device=device), torch.zeros(0, device=device)
-        return cls.of(*nothing, torch.zeros(3, 0, device=device), paired=False)
+        nothing = torch.zeros(0, features, dtype=torch.float32, device=device)
+        return cls.of(nothing, nothing.new_zeros(0), nothing.new_zeros(3, 0), paired=False)
 
     def with_responses(self, responses: ResponseSums) -> SelectionSums:
         """The same with what the features do in the responses."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.opener import DatasetLike
 from ..data.preferences import PairCheck
 from ..errors import AuditError
+from ..models.ambient import own_modes
 from ..models.rewards import Reward, Rewards
 from ..models.sampling import Sampling
 from ..models.tokenizers import Processing, text_tokenizer
@@ -53,6 +54,7 @@ _LOOKAHEAD = LookaheadConfig()
 _TRAIN_BATCH = 8  # answers in a step, where no arguments of a trainer say how many
 
 
+@own_modes()
 def audit_preferences(
     model: nn.Module,
     tokenizer: Processing,
@@ -82,7 +84,8 @@ def audit_preferences(
     A pass over the data: the gradient of each example's loss at the dictionary's hook point, and the features active in its
     answers. Then the lookahead: what an optimizer step on the data does to every feature in the model's own answers to prompts
     held out of the data. It takes the gradient of the parameters, samples answers, and differentiates their probabilities; on a
-    few thousand pairs all together takes about as long as an epoch of training. Nothing of the model is changed. Under
+    few thousand pairs all together takes about as long as an epoch of training. Nothing of the model is changed, and it
+    runs in its own type, whatever autocast or `torch.inference_mode` is around the call. Under
     `accelerate launch` or `torchrun` the processes share the work, and the result is the same.
 
     Args:
@@ -239,6 +242,7 @@ def _audit_rewards(
     return audit
 
 
+@own_modes()
 def audit_reward_model(
     reward_model: nn.Module,
     tokenizer: Processing,
@@ -297,6 +301,11 @@ def _reader(
     tokenizer: Processing, model: nn.Module, dictionary: FeatureDictionary, *, classifies: bool = False
 ) -> PreTrainedTokenizerBase:
     check_whole(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise AuditError(
+            f"This {type(model).__name__} was made in torch.inference_mode, and no gradient goes through its parameters; load it outside "
+            "of that."
+        )
     return text_tokenizer(tokenizer, check_dictionary(dictionary, model).decoder, classifies=classifies)
 
 

@@ -319,7 +319,9 @@ def active_features(
         *(weights[either].float(), number[either].int(), silent[either]),
     )
     seen = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=dictionary.device)
-    total, largest, attributed, selected = torch.zeros(4, dictionary.d_sae, device=dictionary.device)
+    total, largest, attributed, selected = torch.zeros(
+        4, dictionary.d_sae, dtype=torch.float32, device=dictionary.device
+    )
     peak, count = torch.zeros(2, dictionary.d_sae, dtype=torch.int32, device=dictionary.device)
     parts = (values.split(dictionary.tokens_at_once) for values in tokens)
     for states, arriving, own, scored, asked, numbers, none in zip(*parts, strict=True):

@@ -29,7 +29,9 @@ class PromptStates:
     def __init__(self, d_model: int) -> None:
         self._directions: Tensor | None = None
         if d_model > MOST_NUMBERS:
-            drawn = torch.randn(d_model, MOST_NUMBERS, generator=torch.Generator().manual_seed(0))
+            drawn = torch.randn(
+                d_model, MOST_NUMBERS, dtype=torch.float32, generator=torch.Generator().manual_seed(0)
+            )
             self._directions = drawn / MOST_NUMBERS**0.5
 
     def of(self, hidden: Tensor, real: Tensor, answer: Tensor) -> Tensor:

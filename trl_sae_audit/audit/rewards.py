@@ -62,7 +62,9 @@ class PolicyGradientLoss:
         answered = [(example.features["prompt"], example.features["answer"]) for example in examples]
         if self.max_length is not None:
             answered = [(prompt, answer[: self.max_length - len(prompt)]) for prompt, answer in answered]
-        advantages = torch.tensor([example.features["advantage"] for example in examples])
+        advantages = torch.tensor(
+            [example.features["advantage"] for example in examples], dtype=torch.float32
+        )
         return pad_answers(answered, self._pad) | {"advantages": advantages}
 
     def weights(self, batch: Mapping[str, Tensor], log_probs: Tensor, reference: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ class FeatureShieldCallback(TrainerCallback):
         self.mode = mode
         self._run: _Run | None = None
         directions = dictionary.rows([flag.feature for flag in self.flags])
-        signs = torch.tensor([-1.0 if flag.direction == "down" else 1.0 for flag in self.flags])
+        signs = torch.tensor(
+            [-1.0 if flag.direction == "down" else 1.0 for flag in self.flags], dtype=torch.float32
+        )
         self._rows = span_basis(directions) if mode == "full" else directions * signs.to(directions)[:, None]
         self._both = torch.tensor([flag.direction == "both" for flag in self.flags], dtype=torch.bool)
 
@@ -152,7 +154,7 @@ class _Run(TrainerListener):
         self._directions = shield.dictionary.rows([flag.feature for flag in shield.flags])
         self._names = distinct_names(shield.flags)
         self._seen = False
-        self._step = torch.zeros(2, len(shield.flags), device=device)
+        self._step = torch.zeros(2, len(shield.flags), dtype=torch.float32, device=device)
         self._window = torch.zeros_like(self._step)
         self._steps = 0
         self._handle = self.point.module.register_forward_hook(self._on_forward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,8 +131,15 @@ def load_reward_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
         ) from error
 
 
+TemplateOptions = Callable[[], Mapping[str, Any]]
+"""What conversations are rendered with besides the messages, as it is at the time: a trainer's `chat_template_kwargs`."""
+
+
 def model_as_function(
-    model: nn.Module, tokenizer: Processing | None, batch_size: int | None = None
+    model: nn.Module,
+    tokenizer: Processing | None,
+    batch_size: int | None = None,
+    template: TemplateOptions = dict,
 ) -> Callable[..., list[float]]:
     """A sequence classification model as a reward function: texts tokenized and padded as TRL does for its reward models.
 
@@ -140,6 +147,7 @@ def model_as_function(
         model: whose first logit is the reward.
         tokenizer: its own; None to load it from where the model was loaded.
         batch_size: texts in one forward pass; None for all of them, as in TRL.
+        template: gives the options of the chat template at each call.
 
     Raises:
         AuditError: no tokenizer; one without any token to pad with; more than one label.
@@ -157,7 +165,8 @@ def model_as_function(
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         both = list(zip(prompts, completions, strict=True))
         if is_conversational({"prompt": prompts[0]}):
-            texts = [apply_chat_template({"messages": p + c}, reader)["text"] for p, c in both]
+            options = template()
+            texts = [apply_chat_template({"messages": p + c}, reader, **options)["text"] for p, c in both]
         else:
             texts = [p + c for p, c in both]
         with torch.inference_mode(), evaluation_mode(model), _padding_as_in_trl(model, reader):

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, TrainerState
 from ..errors import AuditError
 from .event_loop import wait_for
 from .reward_models import (
+    TemplateOptions,
     find_classifier,
     load_reward_model,
     load_reward_tokenizer,
@@ -94,7 +95,9 @@ class Rewards:
             raise AuditError("There is no reward; pass a function or a reward model.")
         loaded = [load_reward(each) if isinstance(each, str) else each for each in given]
         self.names = [reward_name(each) for each in loaded]
-        self.weights = torch.tensor([1.0] * len(given) if weights is None else list(weights))
+        self.weights = torch.tensor(
+            [1.0] * len(given) if weights is None else list(weights), dtype=torch.float32
+        )
         readers = [_reader(*pair, fallback) for pair in zip(loaded, readers, strict=True)]
         self._functions = [as_function(*pair, batch_size) for pair in zip(loaded, readers, strict=True)]
         self._state = TrainerState(max_steps=1, num_train_epochs=1) if state is None else state
@@ -110,7 +113,7 @@ class Rewards:
             AuditError: a function that cannot be called so, or returns something else than one finite number or None for each.
         """
         keywords = self._keywords(rows)
-        found = torch.zeros(len(rows), len(self._functions))
+        found = torch.zeros(len(rows), len(self._functions), dtype=torch.float32)
         waiting: dict[int, Any] = {}
         for column, function in enumerate(self._functions):
             _check_signature(function, keywords, self.names[column])
@@ -145,7 +148,7 @@ class Rewards:
 
     def _checked(self, returned: Any, column: int, rows: int) -> Tensor:
         values = check_rewards(returned, rows, self.names[column])
-        return torch.tensor([math.nan if value is None else value for value in values])
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
 
 
 def _reader(reward: Any, tokenizer: Processing | None, fallback: Processing | None) -> Processing | None:
@@ -218,7 +221,10 @@ def names_function(reward: Any) -> bool:
 
 
 def as_function(
-    reward: Any, tokenizer: Processing | None, batch_size: int | None = None
+    reward: Any,
+    tokenizer: Processing | None,
+    batch_size: int | None = None,
+    template: TemplateOptions = dict,
 ) -> Callable[..., Any]:
     """A reward model as a function; a function as it is.
 
@@ -226,7 +232,7 @@ def as_function(
         AuditError: neither of them; or as `model_as_function`.
     """
     if isinstance(reward, nn.Module):
-        return model_as_function(reward, tokenizer, batch_size)
+        return model_as_function(reward, tokenizer, batch_size, template)
     if not callable(reward):
         raise AuditError(f"The reward is a {type(reward).__name__}; pass a function or a reward model.")
     return reward

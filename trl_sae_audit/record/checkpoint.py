@@ -92,7 +92,9 @@ class CallbackState:
         if [entry["identity"] for entry in record.dictionaries] != [one.identity for one in dictionaries]:
             return None
         with reading(output_dir / MANIFEST):
-            baselines = {name: torch.tensor(values) for name, values in note["baselines"].items()}
+            baselines = {
+                name: torch.tensor(values, dtype=torch.float32) for name, values in note["baselines"].items()
+            }
         totals = {dictionary.name: record.totals(dictionary.name) for dictionary in dictionaries}
         return cls(step=record.last_step, totals=totals, baselines=baselines, record=output_dir.name)
 
@@ -114,5 +116,7 @@ class CallbackState:
             for dictionary, stored in zip(dictionaries, stored_files(state), strict=True)
         }
         with reading(directory / MANIFEST):
-            baselines = {name: torch.tensor(values) for name, values in state["baselines"].items()}
+            baselines = {
+                name: torch.tensor(values, dtype=torch.float32) for name, values in state["baselines"].items()
+            }
         return cls(step=state["step"], totals=totals, baselines=baselines, record=state["record"])

@@ -49,7 +49,7 @@ class ActivationBuffer(Iterator[Tensor]):
             str(file), shared=True, size=capacity * d_model, dtype=torch.float32
         ).view(capacity, d_model)
         self._stream = source()
-        self._rest = torch.empty(0, d_model)
+        self._rest = torch.empty(0, d_model, dtype=torch.float32)
         self._size = self._fill_first(expected)
         self.complete = self._size < capacity
         if self._size < batch_size:

@@ -249,7 +249,7 @@ def _examined(directions: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor
     """
     digest = hashlib.sha256(repr(tuple(directions.shape)).encode())
     kept = directions if directions.dtype == dtype else torch.empty_like(directions, dtype=dtype)
-    norms = torch.empty(len(directions), device=directions.device)
+    norms = torch.empty(len(directions), dtype=torch.float32, device=directions.device)
     width = max(1, _BLOCK_BYTES // (4 * directions.shape[1]))
     for start in range(0, len(directions), width):
         part = slice(start, start + width)

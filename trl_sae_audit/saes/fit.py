@@ -76,7 +76,7 @@ class HealthTotals:
                 weight 0 does not matter, not even NaN.
         """
         if weight is None:
-            weight = torch.ones(hidden.shape[0], device=hidden.device)
+            weight = torch.ones(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         weight = weight.to(self.dictionary.device, torch.float32)
         self._tokens += weight.sum(dtype=self._tokens.dtype)
         if self.dictionary.encoder is None:

@@ -45,6 +45,7 @@ def pool_activations(
     result = torch.full(
         (len(hidden), dictionary.d_sae if features is None else len(features)),
         -torch.inf if pooling == "max" else 0.0,
+        dtype=torch.float32,
         device=hidden.device,
     )
     width = dictionary.tokens_at_once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import Trainer
@@ -22,7 +22,7 @@ from ..models.rewards import (
 )
 from ..models.tokenizers import Processing
 from ..trainers.logs import DeferredMetrics
-from ..trainers.rollout import trainer_of_function
+from ..trainers.rollout import template_options, trainer_of_function
 from .penalties import Penalty
 from .scorer import FeatureScorer
 from .shaper import Shaper
@@ -73,7 +73,10 @@ class ShapedReward:
         reward_tokenizer: Processing | None = None,
     ) -> None:
         reward = load_reward(reward) if isinstance(reward, str) else reward
-        self._inner: Callable[..., Any] = as_function(reward, reward_tokenizer)
+        self._template: Mapping[str, Any] = {}  # of the trainer that asks
+        self._inner: Callable[..., Any] = as_function(
+            reward, reward_tokenizer, template=lambda: self._template
+        )
         self.shaper = Shaper(scorer, flags, penalty)
         self.__name__ = reward_name(reward)
         self._deferred = DeferredMetrics()
@@ -105,6 +108,7 @@ class ShapedReward:
     def _begin(self, kwargs: dict[str, Any]) -> tuple[Trainer | None, bool]:
         trainer = trainer_of_function(kwargs)
         learning = trainer is None or bool(trainer.model.training)
+        self._template = {} if trainer is None else template_options(trainer)
         self.shaper.begin(trainer, learning=learning)
         return trainer, learning
 

@@ -185,7 +185,7 @@ class ShapedRewardModel(nn.Module):
                 logits = self.inner(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
             else:
                 values = self._inner_rewards(rollout.prompts, rollout.completions, rollout.keywords)
-                logits = torch.tensor(values, device=input_ids.device)[:, None]
+                logits = torch.tensor(values, dtype=torch.float32, device=input_ids.device)[:, None]
         rewards = check_rewards(logits.detach().float().cpu(), len(input_ids), self.name)
         counted = None
         if captured:
@@ -298,7 +298,9 @@ class ShapedRewardModel(nn.Module):
             {"completion_ids": responses},
             self.reward_tokenizer,
         )
-        return torch.tensor(values, device=input_ids.device)[:, None, None].expand(*input_ids.shape, 1)
+        return torch.tensor(values, dtype=torch.float32, device=input_ids.device)[:, None, None].expand(
+            *input_ids.shape, 1
+        )
 
     def _inner_rewards(
         self,

@@ -58,13 +58,13 @@ class Shaper:
     def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> Tensor:
         """Signed scores [n, flags] of texts: positive is what the flags object to."""
         if self.scorer is None or not self.features:
-            return torch.zeros(len(responses), 0)
+            return torch.zeros(len(responses), 0, dtype=torch.float32)
         return self.apply_directions(self.scorer.score(prompts, responses, self.features))
 
     def score_ids(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         """The same of token ids of the scorer's tokenizer."""
         if self.scorer is None or not self.features:
-            return torch.zeros(len(responses), 0)
+            return torch.zeros(len(responses), 0, dtype=torch.float32)
         return self.apply_directions(self.scorer.score_ids(prompts, responses, self.features))
 
     def apply_directions(self, scores: Tensor) -> Tensor:

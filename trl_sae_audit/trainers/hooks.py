@@ -237,14 +237,14 @@ def _check_pairs(inputs: Mapping[str, Any]) -> None:
 
 
 def _halves(rows: int, device: torch.device) -> Tensor:
-    sides = torch.ones(rows, device=device)
+    sides = torch.ones(rows, dtype=torch.float32, device=device)
     sides[rows // 2 :] = -1
     return sides
 
 
 def _branches(rows: int, branches: int, device: torch.device) -> Tensor:
     """TPO's rows: all chosen, then all rejected, and then those references that it imitates and compares with nothing."""
-    sides = torch.zeros(rows, device=device)
+    sides = torch.zeros(rows, dtype=torch.float32, device=device)
     sides[: rows // branches] = 1
     sides[rows // branches : 2 * (rows // branches)] = -1
     return sides

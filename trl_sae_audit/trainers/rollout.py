@@ -87,6 +87,11 @@ def trainer_of_function(keywords: Mapping[str, Any]) -> Trainer | None:
     return next((trainer for trainer, _ in trainer_frames()), None)
 
 
+def template_options(trainer: Trainer) -> Mapping[str, Any]:
+    """What GRPO and RLOO render a reward model's conversations with besides the messages; nothing in other trainers."""
+    return vars(trainer).get("chat_template_kwargs") or {}
+
+
 def is_trained(model: nn.Module, trainer: Trainer) -> bool:
     """Whether `model` is (part of, or around) the very model that the trainer trains."""
     parts = {id(part) for part in model.modules() if any(True for _ in part.parameters(recurse=False))}

@@ -343,7 +343,7 @@ def _summed(
     device = next(point.decoder.parameters()).device
     dictionary = dictionary.to(device)
     units = {text: unit for unit, text in enumerate(dict.fromkeys(prompts))}
-    sums = torch.zeros(len(units), dictionary.d_sae, device=device)
+    sums = torch.zeros(len(units), dictionary.d_sae, dtype=torch.float32, device=device)
     tokens = np.zeros(len(units))
     active = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=device)
     width = dictionary.tokens_at_once

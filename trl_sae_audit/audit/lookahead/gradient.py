@@ -259,7 +259,7 @@ class ParameterGradient:
         """
         predicted = batch["completion_mask"][:, 1:].bool()
         targets = batch["input_ids"][:, 1:][predicted]
-        log_probs = reference = torch.zeros(predicted.shape, device=predicted.device)
+        log_probs = reference = torch.zeros(predicted.shape, dtype=torch.float32, device=predicted.device)
         if self._reference is not None or start is not None:
             log_probs_at = self.log_probs(batch, predicted, targets)
             values = log_probs_at(self.parameters)

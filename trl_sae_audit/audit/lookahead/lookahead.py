@@ -276,7 +276,7 @@ class Lookahead:
         parts: list[Tensor] = []
         with torch.no_grad(), evaluation_mode(self.model):
             for some in (examples or self.examples)():
-                part = torch.zeros(len(some))
+                part = torch.zeros(len(some), dtype=torch.float32)
                 for places in self.gradients.batches(some):
                     batch_of = [some[place] for place in places]
                     batch = self.gradients.batch(batch_of)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.opener import DatasetLike, Row
 from ...errors import AuditError
+from ...models.ambient import own_modes
 from ...models.batches import batched
 from ...models.sampling import Sampling, sample_ids
 from ..batches import digests
@@ -247,6 +248,7 @@ class AuditLookahead:
             found["unrolled_change_in_generations"] = then - now
         return found
 
+    @own_modes()
     def influence(self, feature: int) -> np.ndarray:
         """Each audited row's part of the change on given text, or without a probe of pairs of that in generations: [n]."""
         if self._pairs:
