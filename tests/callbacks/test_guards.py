@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sqlite3
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,11 +191,15 @@ def test_it_reads_what_attribution_logs(tmp_path: Path) -> None:
     assert len(guard._series["sae/one/attribution"].latest) == 4
 
 
-def test_another_run_begins_anew() -> None:
-    guard = GuardCallback()
+@pytest.mark.newest
+def test_another_run_begins_anew(tmp_path: Path) -> None:
+    from helpers.trainers import dpo
+
+    guard, trainer = GuardCallback(), dpo(tmp_path)
+    trainer.add_callback(guard)
     rules(guard, rising("sae/flattery/attribution"))
     assert guard.alerts
-    guard.on_train_begin(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    trainer.train()
     assert not guard.alerts
 
 
