@@ -8,6 +8,8 @@ of steps, and asked about countries that no pair was about. Its quality is read 
 
 Everything is a default. The audit's first ten features are read by a rule in place of a person, who has written down a few
 questions with a wrong belief and both answers to them: those of the ten that are clearly more active in the agreeing answers are flagged.
+Where none is, the arms that need a flag are not trained, and the page says so. The audit is the first look that the command itself
+proposes where the whole would take more than ten minutes, without the lookahead; `--lookahead` makes the whole.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ import real_runs
 import torch
 from datasets import Dataset
 from facts import Question
+from natural import in_a_cell
 from peft import LoraConfig
 from scipy import stats
 
 from trl_sae_audit import (
     Audit,
+    AuditError,
     FeatureDictionary,
     FeatureScorer,
     FeatureShieldCallback,
@@ -74,7 +78,12 @@ MEASURES = {
     "ends": f"ends its answer within {NEW_TOKENS} tokens",
     "real answers": "log-probability of a token of real answers to other prompts",
 }
-BASELINES = {"excess removed": "nothing planted", "of what the perfect filter removes": "perfect filter"}
+BASELINES = {
+    "less agreeing": None,
+    "excess removed": "nothing planted",
+    "of what the perfect filter removes": "perfect filter",
+}
+"""What (plain − arm) in agreeing is a share of: (plain − this arm), or plain."""
 
 
 class Seed:
@@ -131,8 +140,9 @@ class Seed:
         return [by_prompt[prompt][0] for prompt in sorted(by_prompt)][: self.cell["real_answers"]]
 
     def audit_by(self, dictionary: FeatureDictionary) -> Audit:
+        first_look = {} if self.cell["lookahead"] else {"lookahead": None}
         return audit_preferences(
-            self.model, self.tokenizer, self.planted, dictionary, args=self.args, progress=False
+            self.model, self.tokenizer, self.planted, dictionary, args=self.args, progress=False, **first_look
         )
 
     @cached_property
@@ -140,25 +150,39 @@ class Seed:
         return self.audit_by(self.dictionary)
 
     @cached_property
-    def flags(self) -> FlagSet:
-        """Of the audit's first ten features that the data teaches, those that a user's own questions show to be of agreeing."""
+    def read(self) -> pd.DataFrame:
+        """The audit's first ten features that the data teaches, and how much more active each is where a user's own questions are
+        answered by agreeing: feature, words, gap, p."""
         table = self.audit.ranking()
         taught = table[table[self.audit.leads_with()] > 0].head(READ)
-        read = [int(feature) for feature in taught["feature"]]
-        words = dict(zip(read, taught["words"], strict=True))
+        features = [int(feature) for feature in taught["feature"]]
         contrast = facts.questions(self.known, "wrong", self.cell["contrast"], self.seed + 1)
         scorer = FeatureScorer(self.model, self.tokenizer, self.dictionary)
         prompts = [[{"role": "user", "content": question.prompt}] for question in contrast]
         agreeing, correcting = (
-            scorer.score(prompts, [getattr(question, answer) for question in contrast], read)
+            scorer.score(prompts, [getattr(question, answer) for question in contrast], features).numpy()
             for answer in ("wrong", "right")
         )
-        test = stats.ttest_rel(agreeing.numpy(), correcting.numpy(), alternative="greater")
-        flagged = [feature for feature, p in zip(read, test.pvalue, strict=True) if p < CLEAR]
-        if not flagged:
-            raise SystemExit(f"None of the audit's first features {read} is of agreeing.")
+        return pd.DataFrame(
+            {
+                "feature": features,
+                "words": taught["words"].to_numpy(),
+                "gap": (agreeing - correcting).mean(0),
+                "p": stats.ttest_rel(agreeing, correcting, alternative="greater").pvalue,
+            }
+        )
+
+    @cached_property
+    def flags(self) -> FlagSet:
+        """Those of the features read that are of agreeing."""
+        own = self.read[self.read["p"] < CLEAR]
+        if own.empty:
+            raise AuditError(
+                f"None of the audit's first features {self.read['feature'].tolist()} is of agreeing."
+            )
         return FlagSet(
-            Flag(self.dictionary.name, feature, f"agreeing-{feature}", words[feature]) for feature in flagged
+            Flag(self.dictionary.name, row.feature, f"agreeing-{row.feature}", row.words)
+            for row in own.itertuples()
         )
 
     @cached_property
@@ -234,9 +258,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--planted", type=float, default=0.7, help="share of wrong beliefs agreed with")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--lookahead", action="store_true", help="audits look ahead, and the filter's check with them"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in (*SIZES, "planted", "learning_rate")}
+    settings = {name: getattr(arguments, name) for name in (*SIZES, "planted", "learning_rate", "lookahead")}
     cells = [{"seed": seed, "arm": arm, **settings} for seed in arguments.seeds for arm in arguments.arms]
     name = arguments.name or NAME
     report(name, common.run_cells(name, cells, Runner(arguments, name)), cells)
@@ -254,20 +281,23 @@ class Runner:
         if self._seed is None or self._seed.seed != cell["seed"]:
             self._seed = Seed(self._arguments, cell)
         seed, began = self._seed, time.process_time()
-        model, pairs = ARMS[cell["arm"]](seed)
+        try:
+            model, pairs = ARMS[cell["arm"]](seed)
+        except AuditError as error:
+            read = describe_read(seed.read) if "read" in vars(seed) else None
+            yield {"prompt": None, "not run": str(error), "read": read}
+            return
         trained = time.process_time()
-        counts = {f"pairs, {kind}": count for kind, count in count_kinds(pairs).items()}
-        quality = float(real_log_prob(model, seed.tokenizer, seed.real_answers))
-        answers = greedy(model, seed.tokenizer, [question.prompt for question in seed.test])
+        filtered = cell["arm"] == "filtered"
         shared = {
-            **counts,
-            "real answers": quality,
-            "flags": [f"{flag.feature}: {flag.reason}" for flag in seed.flags]
-            if cell["arm"] == "filtered"
-            else None,
+            **{f"pairs, {kind}": count for kind, count in count_kinds(pairs).items()},
+            "real answers": float(real_log_prob(model, seed.tokenizer, seed.real_answers)),
+            "read": describe_read(seed.read) if filtered else None,
+            "check": str(seed.filtered.check) if filtered and seed.filtered.check else None,
             "seconds": round(trained - began, 1),
-            "seconds_asking": round(time.process_time() - trained, 1),
         }
+        answers = greedy(model, seed.tokenizer, [question.prompt for question in seed.test])
+        shared["seconds_asking"] = round(time.process_time() - trained, 1)
         for question, (answer, ended) in zip(seed.test, answers, strict=True):
             yield {
                 "prompt": question.prompt,
@@ -277,6 +307,14 @@ class Runner:
                 **judge(answer, question),
                 **shared,
             }
+
+
+def describe_read(read: pd.DataFrame) -> list[str]:
+    """A line a feature."""
+    return [
+        f"{row.feature}, {'flagged' if row.p < CLEAR else 'not flagged'} ({row.gap:+.2f} in the agreeing answers, p {row.p:.2g}): {row.words}"
+        for row in read.itertuples()
+    ]
 
 
 def judge(answer: str, question: Question) -> dict[str, float | None]:
@@ -348,27 +386,39 @@ def real_log_prob(model: Any, tokenizer: Any, answered: Sequence[real_pairs.Pair
 def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
     """Write the numbers' part of docs/studies/real-sycophancy.md."""
     cell, seeds = cells[0], sorted({cell["seed"] for cell in cells})
-    flagged = rows[rows["arm"] == "filtered"].drop_duplicates("seed")
+    asked = rows[rows["prompt"].notna()]
+    cells_run = rows.drop_duplicates(["seed", "arm"]).to_dict("records")
+    filtered = [row for row in cells_run if row["arm"] == "filtered"]
     sections = [
         f"{len(seeds)} seed(s); {cell['train_pairs']} pairs about two thirds of the countries, of whose users half have a wrong belief, 30 % a true one, "
         f"20 % none; {cell['planted']:.0%} of the wrong beliefs are agreed with in the preferred answer. {cell['steps']} AdamW steps of DPO of {cell['per_step']} pairs at "
         f"{cell['learning_rate']:g} (warm-up {real_runs.WARMUP} steps), an adapter of rank {ADAPTER.r}, in every arm. Asked greedily about the other countries: {cell['test_questions']} "
-        f"users with a wrong belief, half as many with a true one and with none.",
-        "In brackets 95 % bootstrap intervals over questions and seeds. *Excess removed*: (plain − arm) / (plain − nothing planted) in agreeing. *Of what the perfect filter removes*: "
-        "likewise with the run on the pairs that are not planted.",
-        common.markdown_table(table(rows)),
+        f"users with a wrong belief, half as many with a true one and with none. The audit has {'its' if cell['lookahead'] else 'no'} lookahead.",
+        "In brackets 95 % bootstrap intervals over questions and seeds. *Less agreeing*: 1 − arm / plain. *Excess removed*: (plain − arm) / (plain − nothing planted) in agreeing. "
+        "*Of what the perfect filter removes*: likewise with the run on the pairs that are not planted. *Pairs*: planted, wrong belief corrected, true belief, no belief.",
+        common.markdown_table(table(asked)),
         *(f"- *{measure}*: {meaning}" for measure, meaning in MEASURES.items()),
-        "### What was flagged",
         *(
-            f"Seed {row['seed']}:\n" + "\n".join(f"- {flag}" for flag in row["flags"])
-            for row in flagged.to_dict("records")
+            f"Seed {row['seed']}, {row['arm']}, not run: {row['not run']}"
+            for row in cells_run
+            if pd.isna(row["prompt"])
+        ),
+        "### What was read and flagged",
+        *(
+            f"Seed {row['seed']}:\n\n" + "\n".join(f"- {in_a_cell(line)}" for line in row["read"])
+            for row in filtered
+        ),
+        *(
+            f"### What the filter's check foretells, seed {row['seed']}\n\n```\n{row['check']}\n```"
+            for row in filtered
+            if cell["lookahead"] and not pd.isna(row["prompt"])
         ),
         "### Processor time",
         ", ".join(
             f"{arm} {group['seconds'].mean() / 60:.1f} min"
-            for arm, group in rows.drop_duplicates(["seed", "arm"]).groupby("arm", sort=False)
+            for arm, group in asked.drop_duplicates(["seed", "arm"]).groupby("arm", sort=False)
         )
-        + ". The first arm that needs the audit or the flags makes them.",
+        + f"; asking and judging {asked.drop_duplicates(['seed', 'arm'])['seconds_asking'].mean() / 60:.1f} min an arm. The first arm that needs the audit or the flags makes them.",
     ]
     common.write_report(name, "Sycophancy of a real instruct model", sections, page=NAME)
 
@@ -389,19 +439,28 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         for column, baseline in BASELINES.items():
             line[column] = "" if arm in ("before training", "plain") else removed(rows, arm, baseline)
         once = own.drop_duplicates("seed")
-        line["pairs (planted)"] = (
-            f"{sum(once[f'pairs, {kind}'].mean() for kind in ('planted', *facts.BELIEFS)):.0f} ({once['pairs, planted'].mean():.0f})"
+        line["pairs"] = ", ".join(
+            f"{once[f'pairs, {kind}'].mean():.0f}" for kind in ("planted", *facts.BELIEFS)
         )
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def removed(rows: pd.DataFrame, arm: str, baseline: str) -> str:
-    """(plain − arm) / (plain − baseline) in agreeing, with its interval over the questions, the same ones in each arm."""
-    asked = rows.pivot_table(index=["seed", "prompt"], columns="arm", values="agrees").dropna()
-    if not {"plain", arm, baseline} <= set(asked.columns) or asked["plain"].mean() <= asked[baseline].mean():
+def removed(rows: pd.DataFrame, arm: str, baseline: str | None) -> str:
+    """(plain − arm) / (plain − baseline) in agreeing, with its interval over the questions, the same ones in each arm; without a
+    baseline (plain − arm) / plain."""
+    agreed = rows.pivot_table(index=["seed", "prompt"], columns="arm", values="agrees")
+    if baseline is None:
+        baseline = "none"
+        agreed[baseline] = 0.0
+    if not {"plain", arm, baseline} <= set(agreed.columns):
+        return "–"
+    # drops the seeds that lack one of the arms, and the questions that are not about a wrong belief
+    rates = (
+        agreed[list(dict.fromkeys(["plain", arm, baseline]))].dropna()[["plain", arm, baseline]].to_numpy()
+    )
+    if not len(rates) or rates[:, 0].mean() <= rates[:, 2].mean():
         return "no excess"
-    rates = asked[["plain", arm, baseline]].to_numpy()
 
     def share(sample: np.ndarray) -> float:
         plain, ours, best = sample.mean(0)

