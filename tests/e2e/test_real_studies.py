@@ -364,9 +364,9 @@ def test_what_an_arm_removes(studies):
         + [{"seed": 0, "prompt": "r", "arm": arm, "agrees": None} for arm in agreeing]
     )
     for baseline in ("nothing planted", None):
-        assert real_sycophancy.removed(rows, "filtered", baseline).startswith("75% [")
-    assert real_sycophancy.removed(rows, "filtered", "plain") == "no excess"
-    assert real_sycophancy.removed(rows, "filtered", "perfect filter") == "–"
+        assert real_sycophancy.removed(rows, "filtered", "plain", baseline).startswith("75% [")
+    assert real_sycophancy.removed(rows, "filtered", "nothing planted", None) == "no excess"
+    assert real_sycophancy.removed(rows, "filtered", "plain", "perfect filter") == "–"
 
 
 @pytest.mark.parametrize(
