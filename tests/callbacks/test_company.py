@@ -6,8 +6,10 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from helpers.harmless import nothing_left
@@ -24,7 +26,7 @@ from helpers.worlds import (
     reward_by_length,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from trl_sae_audit import (
     AdaptivePenalty,
@@ -37,6 +39,7 @@ from trl_sae_audit import (
     ShapedReward,
     ShapingCallback,
 )
+from trl_sae_audit.callbacks.dashboards import send_alert
 from trl_sae_audit.callbacks.guards import Alert
 from trl_sae_audit.trainers.logs import DeferredMetrics, log_kind
 
@@ -136,6 +139,26 @@ def test_a_dashboard_that_fails_ends_no_training(tmp_path: Path, caplog: pytest.
     trainer.train()
     assert RunRecord.load(tmp_path / "record").status == "finished"
     assert "TensorBoardCallback could not be told (OSError: disk full)" in caplog.text
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_an_alert_that_does_not_arrive_is_logged(
+    library: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = pytest.importorskip(library)
+    lost = module.errors.CommError("lost") if library == "wandb" else httpx.ConnectError("lost")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise lost
+
+    if library == "wandb":
+        monkeypatch.setattr(module, "run", SimpleNamespace(alert=fail))
+        reporter = object.__new__(WandbCallback)
+    else:
+        monkeypatch.setattr(module, "alert", fail)
+        reporter = object.__new__(TrackioCallback)
+    send_alert([reporter], "agreeing", "rises")
+    assert f"{type(reporter).__name__} could not be told ({type(lost).__name__}: lost)" in caplog.text
 
 
 class Derived(FeatureAttributionCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sqlite3
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -64,14 +65,28 @@ def publish(
 
 @contextlib.contextmanager
 def _tolerated(reporter: TrainerCallback) -> Iterator[None]:
-    """A training is worth more than what a dashboard shows of it: whatever that raises, a lost connection say, is logged."""
+    """A training is worth more than what a dashboard shows of it: one that cannot be reached is logged."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except _failures(reporter) as error:
         logger.warning(
             "%s could not be told (%s: %s); the run record has all of it.",
             *(type(reporter).__name__, type(error).__name__, error),
         )
+
+
+def _failures(reporter: TrainerCallback) -> tuple[type[Exception], ...]:
+    """What comes out of a dashboard that cannot be reached: the libraries below it have errors that derive from none of Python's."""
+    failures = (OSError, RuntimeError)
+    if isinstance(reporter, WandbCallback):
+        import wandb
+
+        return *failures, wandb.errors.Error
+    if isinstance(reporter, TrackioCallback):
+        import httpx
+
+        return *failures, sqlite3.Error, httpx.HTTPError
+    return failures
 
 
 def top_features(record: RunRecord, dictionary: str) -> pd.DataFrame:
