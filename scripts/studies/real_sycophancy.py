@@ -142,7 +142,7 @@ class Seed:
         return [by_prompt[prompt][0] for prompt in sorted(by_prompt)][: self.cell["real_answers"]]
 
     def audit_by(self, dictionary: FeatureDictionary) -> Audit:
-        first_look = {} if self.cell["lookahead"] else {"lookahead": None}
+        first_look: dict[str, Any] = {} if self.cell["lookahead"] else {"lookahead": None}
         return audit_preferences(
             self.model, self.tokenizer, self.planted, dictionary, args=self.args, progress=False, **first_look
         )
@@ -183,8 +183,8 @@ class Seed:
                 f"None of the audit's first features {self.read['feature'].tolist()} is of agreeing."
             )
         return FlagSet(
-            Flag(self.dictionary.name, row.feature, f"agreeing-{row.feature}", row.words)
-            for row in own.itertuples()
+            Flag(self.dictionary.name, int(row["feature"]), f"agreeing-{row['feature']}", str(row["words"]))
+            for row in own.to_dict("records")
         )
 
     @cached_property
@@ -314,8 +314,8 @@ class Runner:
 def describe_read(read: pd.DataFrame) -> list[str]:
     """A line a feature."""
     return [
-        f"{row.feature}, {'flagged' if row.p < CLEAR else 'not flagged'} ({row.gap:+.2f} in the agreeing answers, p {row.p:.2g}): {row.words}"
-        for row in read.itertuples()
+        f"{row['feature']}, {'flagged' if row['p'] < CLEAR else 'not flagged'} ({row['gap']:+.2f} in the agreeing answers, p {row['p']:.2g}): {row['words']}"
+        for row in read.to_dict("records")
     ]
 
 
