@@ -50,6 +50,18 @@ def test_labels_by_an_endpoint(audit: Audit, endpoint: Endpoint, capsys: pytest.
     assert "secret" not in (Path(where) / FILE).read_text()
 
 
+def test_where_there_is_no_label_the_words_are_shown(
+    audit: Audit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["label", str(audit.directory), "--features", "3", "--output_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "has a label: --labels_from says where to get some" in said
+    words = [row["words"] for row in audit.ranking().head(3).to_dict("records")]
+    assert any(words)
+    assert all(each[:20] in said for each in words)
+
+
 def test_a_judge_that_cannot_answer_is_said_to(
     audit: Audit, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:

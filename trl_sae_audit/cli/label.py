@@ -130,6 +130,7 @@ class ChatArguments:
         return KeptReplies(LocalChat(*arguments.load(), name, **how))
 
 
+_LABEL = "label, or words"
 OPTIONS = (LabelArguments, ScoreArguments, ChatArguments, OutputArguments)
 
 
@@ -265,29 +266,37 @@ def _has_contexts(source: Source) -> bool:
     return "contexts" in source.tables
 
 
+def _words_of(source: Source, dictionary: DictionaryInfo) -> dict[int, str]:
+    from ..record.reader import RunRecord
+
+    features = source.features(dictionary.name) if isinstance(source, RunRecord) else source.features()
+    known = features["words"].tolist() if "words" in features else []
+    return dict(zip(features["feature"].tolist(), known, strict=False))
+
+
 def _describe(
     labels: LabelSet, shown: Sequence[Label], source: Source, dictionary: DictionaryInfo
 ) -> list[Any]:
     from ..labels.score import LEAST
 
+    known = [each for each in labels if each.text]
     by = ", ".join(
-        dict.fromkeys(
-            f"{each.source}, {each.explainer}" if each.explainer else each.source for each in labels
-        )
+        dict.fromkeys(f"{each.source}, {each.explainer}" if each.explainer else each.source for each in known)
     )
     judges = ", ".join(dict.fromkeys(each.judge for each in shown if each.judge))
     unscored = sum(bool(each.text and each.judge) and each.detection is None for each in shown)
+    words = _words_of(source, dictionary)
     columns: dict[str, Justify] = {
         "feature": "right",
-        "label": "left",
+        _LABEL: "left",
         "detection": "left",
         "fuzzing": "left",
-        "words": "left",
+        "its words": "left",
     }
     rows = [
         [
             str(each.feature),
-            each.text or "–",
+            each.text or words.get(each.feature) or "–",
             _cell(each.detection, True),
             _cell(each.fuzzing),
             _cell(each.words_detection),
@@ -296,10 +305,13 @@ def _describe(
     ]
     optional = [] if any(each.detection or each.fuzzing for each in shown) else ["fuzzing", "detection"]
     parts: list[Any] = [
-        f"{len([each for each in labels if each.text]):,} of {dictionary.d_sae:,} features of {dictionary.name} have labels ({by}).",
-        table("Features in front", columns, rows, words="label", optional=optional) if rows else "",
+        f"{len(known):,} of {dictionary.d_sae:,} features of {dictionary.name} have labels ({by})."
+        if known
+        else f"No feature of {dictionary.name} has a label: --labels_from says where to get some.",
+        table("Features in front", columns, rows, words=_LABEL, optional=optional) if rows else "",
         "Scores are balanced accuracy on contexts that the label was not made from: detection, does it fit something in the text; fuzzing, "
-        "does it fit the marked place; words, does a phrase of the line of words occur in the text. chance: the 95 % interval reaches 0.5."
+        "does it fit the marked place; its words, does a phrase of the feature's line of words occur in the text. chance: the 95 % interval "
+        "reaches 0.5."
         + (f" Judge: {judges}." if judges else " Labels were not judged: --judge says by what."),
     ]
     if unscored:
