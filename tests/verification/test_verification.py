@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -362,3 +364,12 @@ class TestCommand:
     def test_another_dictionary_is_refused(self, compared, capsys):
         assert main(self.command(compared, "--sae", str(compared / "other_sae"))) == 2
         assert "not the one that was scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drift", [[0.1, -0.2, 0.0], [np.nan] * 3], ids=["with a drift", "without"])
+def test_of_a_record_all_that_it_knows_is_compared(drift: list[float]) -> None:
+    table = pd.DataFrame({"feature": [2, 0, 1], "attribution": [3.0, 1.0, 2.0], "selection": [6.0, 4.0, 5.0]})
+    record: Any = SimpleNamespace(features=lambda name: table.assign(generation_drift=drift))
+    found = predictors_of(record, "tiny")
+    assert list(found) == ["generation_drift"] * bool(np.isfinite(drift[0])) + ["selection", "attribution"]
+    assert found["selection"].tolist() == [4.0, 5.0, 6.0]

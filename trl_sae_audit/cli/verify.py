@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..verification.comparison import Verification
 
 DESCRIPTION = (
-    "Did the scores predict what training did? Compares the scores of an audit (or the attribution in a run's record) with "
+    "Did the scores predict what training did? Compares the scores of an audit (or the drift, selection and attribution in a run's record) with "
     "the change of each feature between the model before and the model after training: on given text (held-out answers) "
     "and in generations (answers that both sample, encoded by the model before). --model is the model before training, --dataset held-out pairs. After one of the scripts "
     "the run's record says all of that, and an audit all but the model after training."

@@ -43,6 +43,7 @@ RANDOM = "random"
 """The name of the control that `verify` adds: a score drawn from the standard normal distribution."""
 STATISTICS = {"r2": (0.0, 1.0), "spearman": (-1.0, 1.0), "precision": (0.0, 1.0), "slope": (-np.inf, np.inf)}
 """A statistic and its interval."""
+_RECORDED = ("generation_drift", "selection", "attribution")
 _AUDITED = (
     "attribution",
     "activation_attribution",
@@ -224,7 +225,8 @@ def compare(scores: np.ndarray, measured: np.ndarray, top_k: int) -> dict[str, n
 def predictors_of(source: Audit | RunRecord, dictionary: str | None = None) -> dict[str, np.ndarray]:
     """The scores of an audit, or of a run's record, as `verify` takes them: name → [d_sae].
 
-    Of a record it is the attribution over the run, which was computed while training and so is no forecast.
+    Of a record they are the drift in generations, selection and attribution over the run, as far as it has them; they were computed while
+    training and so are no forecast.
 
     Args:
         source: the audit or record.
@@ -232,8 +234,11 @@ def predictors_of(source: Audit | RunRecord, dictionary: str | None = None) -> d
     """
     table = source.features() if isinstance(source, Audit) else source.features(dictionary)
     table = table.set_index("feature").sort_index()
-    names = _AUDITED if isinstance(source, Audit) else ("attribution",)
-    return {name: table[name].to_numpy(np.float64) for name in names if name in table}
+    names = _AUDITED if isinstance(source, Audit) else _RECORDED
+    scores = {name: table[name].to_numpy(np.float64) for name in names if name in table}
+    if isinstance(source, Audit):
+        return scores
+    return {name: score for name, score in scores.items() if np.isfinite(score).all()}
 
 
 def save_verifications(
