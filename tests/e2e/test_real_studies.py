@@ -360,7 +360,7 @@ def test_what_an_arm_removes(studies):
             for n, value in enumerate(values)
         ]
         # a seed that has the plain run alone, and a question that is not about a wrong belief, do not count
-        + [{"seed": 1, "prompt": "q0", "arm": "plain", "agrees": 0.0}]
+        + [{"seed": 1, "prompt": "q0", "arm": "plain", "agrees": 1.0}]
         + [{"seed": 0, "prompt": "r", "arm": arm, "agrees": None} for arm in agreeing]
     )
     for baseline in ("nothing planted", None):
