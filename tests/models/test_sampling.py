@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from helpers.worlds import make_model
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_sae_audit.models.sampling import Sampling, _SharedPrompts, sample_ids
+from trl_sae_audit.models.sampling import Sampling, _SharedPrompts, answer_greedily, sample_ids
 
 PROMPTS = [[8, 9, 10], [11, 12], [13]] * 2
 SAMPLING = Sampling(answers=3, max_new_tokens=12, seed=1)
@@ -75,6 +77,28 @@ def test_nor_that_of_a_model_inside_an_adapter(
     base: LlamaForCausalLM = model.get_base_model()
     base.generation_config.repetition_penalty = 5.0
     assert sample_ids(model, tokenizer, PROMPTS, SAMPLING) == plain
+
+
+def test_a_turn_ends_where_the_file_says_if_that_is_a_special_token(
+    tokenizer: PreTrainedTokenizerFast, plain: list[list[list[int]]]
+) -> None:
+    """As in Gemma, whose turns end with a token that is not the end of sequence."""
+    turn = next(token for several in plain for answer in several for token in answer[:-1] if token >= 8)
+    marked = copy.deepcopy(tokenizer)
+    marked.add_special_tokens({"additional_special_tokens": [marked.convert_ids_to_tokens(turn)]})
+    model = make_model(tokenizer).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, turn])
+    ended = [
+        [answer[: answer.index(turn) + 1] if turn in answer else answer for answer in several]
+        for several in plain
+    ]
+    assert ended != plain
+    assert sample_ids(model, marked, PROMPTS, SAMPLING) == ended
+    greedy = answer_greedily(model, tokenizer, PROMPTS, max_new_tokens=12)
+    model.generation_config = GenerationConfig(eos_token_id=greedy[0][3])
+    marked.add_special_tokens({"additional_special_tokens": [marked.convert_ids_to_tokens(greedy[0][3])]})
+    first = greedy[0].index(greedy[0][3])
+    assert answer_greedily(model, marked, PROMPTS, max_new_tokens=12)[0] == greedy[0][:first]
 
 
 def test_it_is_given_back_when_sampling_fails(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -58,14 +58,14 @@ def sample_ids(
 
     Args:
         model: a causal language model, wrapped or not.
-        tokenizer: its tokenizer; the end-of-sequence id ends an answer.
+        tokenizer: its tokenizer; what `end_ids` finds ends an answer.
         prompts: token ids, without padding.
         sampling: how.
         batch_size: answers sampled at a time; part of what decides the random numbers.
         progress: show a bar.
     """
     device = next(model.parameters()).device
-    end = tokenizer.eos_token_id
+    ends = end_ids(model, tokenizer)
     generation = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=True,
@@ -73,7 +73,7 @@ def sample_ids(
         top_k=0,
         top_p=1.0,
         pad_token_id=padding_id(tokenizer),
-        eos_token_id=end,
+        eos_token_id=ends or None,
     )
     wanted = [row for row in range(len(prompts)) for _ in range(sampling.answers)]
     order = sorted(wanted, key=lambda row: len(prompts[row]))
@@ -95,7 +95,8 @@ def sample_ids(
                 **given,
             )
             for row, answer in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[row].append(answer[: answer.index(end) + 1] if end in answer else answer)
+                length = _length(answer, ends)
+                answers[row].append(answer[: length + 1])
     return answers
 
 
@@ -112,14 +113,17 @@ def answer_greedily(
 
     Args:
         model: a causal language model, wrapped or not.
-        tokenizer: its tokenizer; the end-of-sequence id ends an answer.
+        tokenizer: its tokenizer; what `end_ids` finds ends an answer.
         prompts: token ids, without padding.
         max_new_tokens: longest answer.
         batch_size: prompts at a time.
     """
-    device, end = next(model.parameters()).device, tokenizer.eos_token_id
+    device, ends = next(model.parameters()).device, end_ids(model, tokenizer)
     generation = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding_id(tokenizer), eos_token_id=end
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=padding_id(tokenizer),
+        eos_token_id=ends or None,
     )
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -133,8 +137,33 @@ def answer_greedily(
                 generation_config=generation,
             )
             for row, answer in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[row] = answer[: answer.index(end)] if end in answer else answer
+                answers[row] = answer[: _length(answer, ends)]
     return [answers[row] for row in range(len(prompts))]
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end of sequence, and what ends a turn by the model's own generation configuration.
+
+    Gemma's turns end with a token that is not the end of sequence, for one. TRL's on-policy trainers stop at both too. An id that
+    is no special token of the tokenizer does not count: a configuration's default for another vocabulary.
+    """
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for part in _generators(model):
+        own = part.generation_config.eos_token_id
+        for number in own if isinstance(own, list) else [own]:
+            if number in special and number not in found:
+                found.append(number)
+    return found
+
+
+def _length(answer: Sequence[int], ends: Sequence[int]) -> int:
+    """Tokens before the first that ends it."""
+    return next((place for place, token in enumerate(answer) if token in ends), len(answer))
+
+
+def _generators(model: nn.Module) -> list[Any]:
+    return [part for part in model.modules() if isinstance(part, GenerationMixin)]
 
 
 class _SharedPrompts:
@@ -165,7 +194,7 @@ class _SharedPrompts:
 @contextmanager
 def without_own_generation_config(model: nn.Module) -> Iterator[None]:
     """`generate` fills what a given configuration leaves unset from the model's own, a repetition penalty say."""
-    generators = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    generators = _generators(model)
     own = [part.generation_config for part in generators]
     for part in generators:
         part.generation_config = GenerationConfig()
