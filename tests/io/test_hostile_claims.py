@@ -116,9 +116,10 @@ def test_a_size_that_the_file_has_not_is_not_allocated(tmp_path, name, size):
         reader.read(tmp_path)
 
 
-def test_a_probe_whose_numbers_no_tensor_holds(tmp_path):
+@pytest.mark.parametrize("number", [10**400, 10**300, 1e300])
+def test_a_probe_whose_numbers_no_tensor_holds(tmp_path, number):
     READERS["checkpoint"].write(tmp_path)
-    edit(tmp_path / "manifest.json", lambda manifest: manifest.update(baselines={"tiny": [10**30]}))
+    edit(tmp_path / "manifest.json", lambda manifest: manifest.update(baselines={"tiny": [number]}))
     with pytest.raises(AuditError, match="damaged"):
         READERS["checkpoint"].read(tmp_path)
 

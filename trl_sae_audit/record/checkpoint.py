@@ -92,9 +92,7 @@ class CallbackState:
         if [entry["identity"] for entry in record.dictionaries] != [one.identity for one in dictionaries]:
             return None
         with reading(output_dir / MANIFEST):
-            baselines = {
-                name: torch.tensor(values, dtype=torch.float32) for name, values in note["baselines"].items()
-            }
+            baselines = _read_baselines(note["baselines"])
         totals = {dictionary.name: record.totals(dictionary.name) for dictionary in dictionaries}
         return cls(step=record.last_step, totals=totals, baselines=baselines, record=output_dir.name)
 
@@ -116,7 +114,16 @@ class CallbackState:
             for dictionary, stored in zip(dictionaries, stored_files(state), strict=True)
         }
         with reading(directory / MANIFEST):
-            baselines = {
-                name: torch.tensor(values, dtype=torch.float32) for name, values in state["baselines"].items()
-            }
+            baselines = _read_baselines(state["baselines"])
         return cls(step=state["step"], totals=totals, baselines=baselines, record=state["record"])
+
+
+def _read_baselines(stored: Mapping[str, list[float]]) -> dict[str, Tensor]:
+    """Raises:
+    ValueError: a number that float32 does not hold.
+    """
+    baselines = {name: torch.tensor(values, dtype=torch.float32) for name, values in stored.items()}
+    for name, values in baselines.items():
+        if not values.isfinite().all():
+            raise ValueError(f"the probe's first activations of {name!r} are too large")
+    return baselines
