@@ -227,12 +227,11 @@ def test_a_report_replaces_its_own_part_of_a_page(studies, monkeypatch):
 def test_a_direction_reads_what_the_features_read(studies, monkeypatch):
     import directions_lab
 
-    monkeypatch.setattr(directions_lab, "ANSWERS", 120)
+    monkeypatch.setattr(directions_lab, "ANSWERS", 600)
     monkeypatch.setattr(directions_lab, "BEHAVIOURS", ("marked",))
     run(monkeypatch, "directions_lab")
     rows = pd.DataFrame(directions_lab.read({"seed": 0, "behaviour": "marked"}))
     best = rows.groupby("reader")["auc"].max()
-    # far above chance: with 120 answers the standard error is about 0.04, and both read some 0.75 here
-    assert best["direction"] > 0.65
-    assert best["carrier"] > 0.65
+    assert best["direction"] > 0.75
+    assert best["carrier"] > 0.75
     assert "R² of the feature chosen on the same pairs" in (studies / "directions.md").read_text()

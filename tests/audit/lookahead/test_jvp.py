@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.lookaheads import RULES, directions, look, make_gpt2
 from helpers.worlds import make_dictionary, make_model, pairs
-from torch import nn
+from torch import library, nn
 
 from trl_sae_audit import AuditError, LookaheadConfig, UpdateRule, audit_preferences
 from trl_sae_audit.audit.lookahead.jvp import Jvp
@@ -16,7 +16,7 @@ from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 pytestmark = pytest.mark.newest  # nothing here depends on TRL's version
 
 
-@torch.library.custom_op("trl_sae_audit_tests::linear", mutates_args=())
+@library.custom_op("trl_sae_audit_tests::linear", mutates_args=())
 def silent_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A kernel of its own, such as those of quantized layers: without a forward derivative, and without saying so."""
     return x @ weight.T
