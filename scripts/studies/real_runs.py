@@ -19,7 +19,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from trl_sae_audit.audit.lookahead.lookahead import Lookahead
 from trl_sae_audit.audit.lookahead.optimizer_step import UpdateRule
@@ -66,6 +66,11 @@ def dpo_config(directory: str | Path, **settings: Any) -> DPOConfig:
 def sft_config(directory: str | Path, **settings: Any) -> SFTConfig:
     """SFT likewise, on the completions alone."""
     return SFTConfig(output_dir=str(directory), completion_only_loss=True, **(_on_a_cpu() | settings))
+
+
+def grpo_config(directory: str | Path, **settings: Any) -> GRPOConfig:
+    """GRPO likewise: TRL's loss and advantages, no KL term."""
+    return GRPOConfig(output_dir=str(directory), **(_on_a_cpu() | settings))
 
 
 def _on_a_cpu() -> dict[str, Any]:
@@ -130,6 +135,29 @@ def train_sft(
     rows = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in answered])
     return trained(
         SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    )
+
+
+def train_grpo(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    reward: Callable[..., list[float | None]],
+    args: GRPOConfig,
+    adapter: LoraConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Teach `model` what the reward pays for, in place; `prompts` has a column prompt and whatever the reward reads."""
+    return trained(
+        GRPOTrainer(
+            model,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=list(callbacks),
+        )
     )
 
 

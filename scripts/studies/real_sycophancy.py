@@ -94,7 +94,7 @@ class Seed:
     def __init__(self, arguments: argparse.Namespace, cell: common.Cell) -> None:
         self.cell, self.seed = cell, cell["seed"]
         self.model_directory, self.pairs_file = arguments.model, arguments.pairs
-        self.dictionary = load_dictionary(arguments.dictionary)
+        self._dictionary = arguments.dictionary
         self._scratch = tempfile.TemporaryDirectory()
         self.args = real_runs.dpo_config(
             self._scratch.name,
@@ -109,6 +109,10 @@ class Seed:
         known = set(countries[: 2 * len(countries) // 3])
         self.known = [fact for fact in facts.facts() if fact.country in known]
         self.new = [fact for fact in facts.facts() if fact.country not in known]
+
+    @cached_property
+    def dictionary(self) -> FeatureDictionary:
+        return load_dictionary(self._dictionary)
 
     @cached_property
     def model(self) -> Any:
