@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import find_attention_sinks, silent_tokens
 from ..models.language_head import LanguageHead
 from ..saes.dictionary import FeatureDictionary
 from ..saes.fit import Health, health
@@ -117,10 +117,8 @@ class TokenScoreObserver:
         draw = draw_tokens(sizes, counted, self.budget, self._draws.generator)
         width = gradient.shape[-1]
         g, h = (values.reshape(-1, width)[draw.index] for values in (gradient, view.hidden))
-        silent = None
-        if not self.attention_sinks:
-            silent = find_attention_sinks(view.hidden, counted).flatten()[draw.index]
-        self._scores.add(g, h, self.dictionary, draw.scale, silent)
+        silent = silent_tokens(view.hidden, counted, attention_sinks=self.attention_sinks)
+        self._scores.add(g, h, self.dictionary, draw.scale, silent.flatten()[draw.index])
 
     def take(self) -> TokenScores:
         """Hand over the micro-batch's scores, and start the next one's at zero."""
@@ -140,7 +138,7 @@ class SelectionObserver:
         attention_sinks: count features as active at attention sinks too.
 
     Attributes:
-        sinks: of the response tokens seen so far, those that are attention sinks, []; None before there are any tokens.
+        silent: of the response tokens seen so far, those at which no feature counts as active, []; None before there are any tokens.
         mixed: whether a loss so far depends on something besides the responses' log-probabilities; None if none could.
         residual: of the latest weights found at the last hidden state; None before there are any.
         contexts: where the features are most active among the tokens encoded so far; None if that is not kept.
@@ -161,7 +159,7 @@ class SelectionObserver:
         self.budget = budget
         self.head = head
         self.attention_sinks = attention_sinks
-        self.sinks: Tensor | None = None
+        self.silent: Tensor | None = None
         self.mixed: Tensor | None = None
         self.residual: Tensor | None = None
         self.contexts = ContextReservoir(dictionary.d_sae, dictionary.device) if contexts else None
@@ -180,9 +178,9 @@ class SelectionObserver:
         how = view.hidden, forward.lengths, self.budget, self._draws.generator
         drawn = None
         if forward.responses is not None:
-            drawn = draw_known(forward.responses, *how)
+            drawn = draw_known(forward.responses, *how, attention_sinks=self.attention_sinks)
         elif forward.last is not None and forward.ids is not None and self.head is not None:
-            pending = draw_unknown(forward.last, forward.ids, *how)
+            pending = draw_unknown(forward.last, forward.ids, *how, attention_sinks=self.attention_sinks)
             if pending is not None:
                 drawn = pending[0]
                 self._pending.append(pending)
@@ -199,12 +197,12 @@ class SelectionObserver:
 
     def report_sinks(self) -> None:
         """Say how many of the response tokens were attention sinks, if any; reads their number from the device."""
-        if self.sinks is None or self.attention_sinks or not int(self.sinks):
+        if self.silent is None or not int(self.silent):
             return
         logger.info(
             "%d response tokens were attention sinks (more than ten times the median norm), where no feature of %r counts as active; "
             "attention_sinks=True counts them.",
-            int(self.sinks),
+            int(self.silent),
             self.dictionary.name,
         )
 
@@ -238,11 +236,10 @@ class SelectionObserver:
 
     def _selection(self, forward: ForwardRecord, rows: int) -> RowSelections:
         drawn = [drawn for drawn in forward.drawn if drawn is not None]
-        how = {"peaks": self.contexts is not None, "attention_sinks": self.attention_sinks}
-        parts = [each.encode(self.dictionary, **how) for each in drawn]
+        parts = [each.encode(self.dictionary, peaks=self.contexts is not None) for each in drawn]
         if parts:
-            found = drawn[0].sinks.sum()
-            self.sinks = found if self.sinks is None else self.sinks + found
+            silent = drawn[0].silent.sum()
+            self.silent = silent if self.silent is None else self.silent + silent
             self._keep_contexts(forward, drawn[0], parts[0])
         if not parts or len(parts) < len(forward.drawn):
             unknown = torch.full(

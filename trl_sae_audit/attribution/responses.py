@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import silent_tokens
 from ..models.language_head import LanguageHead
 from ..saes.dictionary import FeatureDictionary
 from .selection import (
@@ -72,7 +72,7 @@ class DrawnTokens:
         weights: c of the drawn tokens, [n].
         row_weights: Σ_t c_{i,t}, [rows].
         counted: which tokens of the forward could have been drawn, [rows, tokens].
-        sinks: which of them are attention sinks, [rows, tokens].
+        silent: at which of them no feature counts as active, [rows, tokens].
     """
 
     draw: TokenDraw
@@ -83,13 +83,10 @@ class DrawnTokens:
     weights: Tensor
     row_weights: Tensor
     counted: Tensor
-    sinks: Tensor
+    silent: Tensor
 
-    def encode(
-        self, dictionary: FeatureDictionary, *, peaks: bool = False, attention_sinks: bool = False
-    ) -> RowSelections:
+    def encode(self, dictionary: FeatureDictionary, *, peaks: bool = False) -> RowSelections:
         """Selection of the forward's rows; with `peaks` also the strongest tokens."""
-        silent = self.sinks.flatten()[self.draw.index]
         return encode_rows(
             dictionary,
             self.hidden,
@@ -98,7 +95,7 @@ class DrawnTokens:
             self.owners,
             self.draw,
             self.tokens,
-            torch.zeros_like(silent) if attention_sinks else silent,
+            self.silent.flatten()[self.draw.index],
             peaks=peaks,
         )
 
@@ -132,7 +129,13 @@ class LastHidden:
 
 
 def draw_known(
-    responses: Responses, hidden: Tensor, lengths: Tensor | None, budget: int, generator: torch.Generator
+    responses: Responses,
+    hidden: Tensor,
+    lengths: Tensor | None,
+    budget: int,
+    generator: torch.Generator,
+    *,
+    attention_sinks: bool = False,
 ) -> DrawnTokens | None:
     """Draw tokens whose c the forward shows; None if the tokens are not those of the hidden states [rows, tokens, d_model]."""
     missing = hidden.shape[1] - responses.counted.shape[1]
@@ -153,7 +156,7 @@ def draw_known(
         weights.flatten()[draw.index],
         sums,
         counted,
-        find_attention_sinks(hidden, counted),
+        silent_tokens(hidden, counted, attention_sinks=attention_sinks),
     )
 
 
@@ -164,6 +167,8 @@ def draw_unknown(
     lengths: Tensor | None,
     budget: int,
     generator: torch.Generator,
+    *,
+    attention_sinks: bool = False,
 ) -> tuple[DrawnTokens, LastHidden] | None:
     """Draw tokens whose c is yet to be found, among those whose prediction has a gradient at the last hidden state.
 
@@ -173,6 +178,7 @@ def draw_unknown(
         hidden: at the hook point, [rows, tokens, d_model].
         lengths: of examples packed into one row.
         budget, generator: as for `draw_tokens`.
+        attention_sinks: count features as active at attention sinks too.
     """
     states, gradient = last
     if not states.shape[:2] == hidden.shape[:2] == ids.shape:
@@ -190,7 +196,7 @@ def draw_unknown(
         unknown,
         unknown.new_full((rows,), torch.nan),
         counted,
-        find_attention_sinks(hidden, counted),
+        silent_tokens(hidden, counted, attention_sinks=attention_sinks),
     )
     predicted = (draw.index - 1).clamp_min(0)
     return drawn, LastHidden(

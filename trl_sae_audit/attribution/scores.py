@@ -120,6 +120,6 @@ class TokenScores:
         ):
             projected = dictionary.project(g)
             self.projected_squares += times @ projected.square()
-            activations = dictionary.encode(h).masked_fill(none[:, None], 0.0)
+            activations = dictionary.encode(h, none)
             effect = projected.mul_(activations).mul_(dictionary.written_norms(h))
             self.activation_attribution -= times @ effect

@@ -221,7 +221,7 @@ def encode_rows(
         for part in (states, factors, draw.scale, owners, draw.index, silent)
     ]
     for state, factor, scale, owner, place, none in zip(*parts, strict=True):
-        activations = dictionary.encode(state).masked_fill(none[:, None], 0.0)
+        activations = dictionary.encode(state, none)
         if peaks:
             here, at = (activations * (scale > 0)[:, None]).max(0)
             peak_place = torch.where(here > peak, place[at], peak_place)

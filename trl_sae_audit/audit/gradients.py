@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import silent_tokens
 from ..models.batches import token_batches
 from ..models.hook_points import HookPoint
 from ..models.language_head import LanguageHead, Reference
@@ -218,10 +218,9 @@ class AuditPass:
     def _answers(self, batch: Mapping[str, Tensor], found: BatchGradients) -> list[_AnswerScores]:
         sums = found.gradient.sum(1, dtype=torch.float32).cpu().numpy()
         answer = batch["completion_mask"].bool()
-        silent = torch.zeros_like(answer)
-        if not self.attention_sinks:
-            silent = find_attention_sinks(found.hidden, answer, answer | found.positions)
-            self.sinks += int((silent & answer).sum())
+        either = answer | found.positions
+        silent = silent_tokens(found.hidden, answer, either, attention_sinks=self.attention_sinks)
+        self.sinks += int((silent & answer).sum())
         usual = answer & ~silent
         states = torch.where(usual[..., None], found.written, 0).sum(1, dtype=torch.float32)
         residuals = (states / usual.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
@@ -325,7 +324,7 @@ def active_features(
     peak, count = torch.zeros(2, dictionary.d_sae, dtype=torch.int32, device=dictionary.device)
     parts = (values.split(dictionary.tokens_at_once) for values in tokens)
     for states, arriving, own, scored, asked, numbers, none in zip(*parts, strict=True):
-        activations = dictionary.encode(states).masked_fill(none[:, None], 0.0)
+        activations = dictionary.encode(states, none)
         feature = (activations != 0).any(0).nonzero()[:, 0]
         kept = activations[:, feature]
         of_answer = torch.where(own[:, None], kept, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..attribution.feature_tracker import FeatureTracker
 from ..attribution.step_tables import Columns
 from ..errors import AuditError
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import silent_tokens
 from ..models.batches import pad
 from ..models.hook_points import HookPoint
 from ..models.residual_stream import Forward, hidden_states
@@ -73,9 +73,7 @@ class Probe:
         hidden = hidden_states(point, self.batch, forward)
         mask = self.batch["attention_mask"].to(hidden.device).bool()
         counted = mask & (mask.cumsum(1) > 1)
-        if not attention_sinks:
-            counted = counted & ~find_attention_sinks(hidden, counted)
-        tokens = hidden[counted]
+        tokens = hidden[counted & ~silent_tokens(hidden, counted, attention_sinks=attention_sinks)]
         parts = tokens.split(dictionary.tokens_at_once)
         sums = [dictionary.encode(part)[:, features].sum(0) for part in parts]
         return torch.stack(sums).sum(0) / len(tokens)

@@ -29,3 +29,15 @@ def find_attention_sinks(hidden: Tensor, counted: Tensor, among: Tensor | None =
     ordered = norms.masked_fill(~known, torch.inf).sort(1).values
     median = ordered.gather(1, (known.sum(1, keepdim=True) - 1).clamp_min(0) // 2)
     return (counted if among is None else among) & (norms > LARGEST_NORM * median)
+
+
+def silent_tokens(
+    hidden: Tensor, counted: Tensor, among: Tensor | None = None, *, attention_sinks: bool
+) -> Tensor:
+    """At which tokens no feature counts as active: the attention sinks, or none where `attention_sinks` counts them too.
+
+    Arguments and shapes are those of `find_attention_sinks`.
+    """
+    if attention_sinks:
+        return torch.zeros_like(counted)
+    return find_attention_sinks(hidden, counted, among)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import silent_tokens
 from ..models.hook_points import HookPoint
 from ..models.response_states import PrefixCachedReader, Row
 from .dictionary import FeatureDictionary
@@ -41,8 +41,8 @@ def read_active(
     """
     for states in answer_reader(point).read(rows, first=True):
         answers = states.of_response.to(states.hidden.device)
-        sinks = torch.zeros_like(answers) if attention_sinks else find_attention_sinks(states.hidden, answers)
-        active = find_active(dictionary, states.hidden[answers], sinks[answers])
+        silent = silent_tokens(states.hidden, answers, attention_sinks=attention_sinks)
+        active = find_active(dictionary, states.hidden[answers], silent[answers])
         ends = np.cumsum([len(rows[place][1]) for place in states.rows])
         yield from zip(states.rows, _split(active, ends), strict=True)
 
@@ -52,7 +52,7 @@ def find_active(dictionary: FeatureDictionary, tokens: Tensor, silent: Tensor) -
     parts = []
     width = dictionary.tokens_at_once
     for part, none in zip(tokens.split(width), silent.split(width), strict=True):
-        activations = dictionary.encode(part).masked_fill(none[:, None], 0.0)
+        activations = dictionary.encode(part, none)
         counts = (activations != 0).sum(1)
         places = activations.nonzero(as_tuple=True)
         parts.append((counts, places[1], activations[places]))

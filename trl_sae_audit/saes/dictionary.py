@@ -190,12 +190,11 @@ class FeatureDictionary:
         parts = [chunk.project(vectors) for chunk in self.chunks(len(vectors))]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def encode(self, hidden: Tensor) -> Tensor:
-        """Feature activations [..., d_sae] of hidden states [..., d_model]."""
+    def encode(self, hidden: Tensor, silent: Tensor | None = None) -> Tensor:
+        """Feature activations [..., d_sae] of hidden states [..., d_model], 0 at tokens that are `silent` [...]."""
         hidden = hidden.to(self.device, torch.float32)
-        if self.encoder is None:
-            return self.project(hidden)
-        return self.encoder.encode(hidden)
+        found = self.project(hidden) if self.encoder is None else self.encoder.encode(hidden)
+        return found if silent is None else found.masked_fill(silent[..., None], 0.0)
 
     def reconstruct(self, hidden: Tensor, activations: Tensor) -> Tensor:
         """What the features say of `hidden`: [..., d_model].

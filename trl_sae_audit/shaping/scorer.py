@@ -14,7 +14,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ..errors import AuditError
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import silent_tokens
 from ..models.response_states import PrefixCachedReader, Row
 from ..models.token_ids import Ids, Text, tokenize_pairs
 from ..models.tokenizers import Processing, text_tokenizer
@@ -161,10 +161,9 @@ class FeatureScorer:
     def pool(self, hidden: Tensor, counted: Tensor, features: Tensor | None = None) -> Tensor:
         """Raw scores from hidden states that someone else has computed; see `pooling.pool_activations`."""
         self.dictionary = self.dictionary.to(hidden.device)
-        if not self.attention_sinks:
-            sinks = find_attention_sinks(hidden, counted)
-            self.sinks, counted = self.sinks + int(sinks.sum()), counted & ~sinks
-        return pool_activations(self.dictionary, hidden, counted, self.pooling, features)
+        silent = silent_tokens(hidden, counted, attention_sinks=self.attention_sinks)
+        self.sinks += int(silent.sum())
+        return pool_activations(self.dictionary, hidden, counted & ~silent, self.pooling, features)
 
     def standardise(self, raw: Tensor, features: Sequence[int]) -> Tensor:
         """Raw scores [rows, features] as z-scores if calibrated; 0 in rows of no counted token.

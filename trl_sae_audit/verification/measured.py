@@ -31,7 +31,7 @@ from ..audit.rewards import AnswerCheck, PolicyGradientLoss, answer_ids
 from ..data.opener import DatasetLike, iterate_rows
 from ..data.preferences import ANSWERS, PairCheck, as_text
 from ..errors import AuditError
-from ..models.attention_sinks import find_attention_sinks
+from ..models.attention_sinks import silent_tokens
 from ..models.batches import answer_batches
 from ..models.language_head import causal_model
 from ..models.residual_stream import hidden_states
@@ -353,14 +353,14 @@ def _summed(
         counted = batch["completion_mask"].bool()
         owner = torch.tensor([units[text] for text in texts])[:, None].expand(counted.shape)[counted]
         read, answer = hidden_states(point, inputs), counted.to(device)
-        sinks = torch.zeros_like(answer) if attention_sinks else find_attention_sinks(read, answer)
+        nowhere = silent_tokens(read, answer, attention_sinks=attention_sinks)
         np.add.at(tokens, owner.numpy(), 1)
         row, number = counted.nonzero()[:, 0].to(device), (counted.cumsum(1) - 1)[counted].to(device)
         if found is not None:
             found.begin(batch)
-        parts = (part.split(width) for part in (read[answer], owner.to(device), row, number, sinks[answer]))
+        parts = (part.split(width) for part in (read[answer], owner.to(device), row, number, nowhere[answer]))
         for states, owners, rows, numbers, silent in zip(*parts, strict=True):
-            activations = dictionary.encode(states).masked_fill(silent[:, None], 0.0)
+            activations = dictionary.encode(states, silent)
             if found is not None:
                 found.add(activations, rows, numbers)
             sums.index_add_(0, owners, activations)

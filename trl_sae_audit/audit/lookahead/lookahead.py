@@ -23,7 +23,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from ...errors import AuditError
-from ...models.attention_sinks import find_attention_sinks
+from ...models.attention_sinks import silent_tokens
 from ...models.hook_points import HookPoint
 from ...models.residual_stream import evaluation_mode, last_hidden_state, run_until
 from ...saes.dictionary import FeatureDictionary
@@ -311,9 +311,8 @@ class Lookahead:
 
     def states_of(self, hidden: Tensor, answer: Tensor) -> AnswerStates:
         """From hidden states [rows, tokens, d_model], those of the answers' tokens [rows, tokens]."""
-        if self.attention_sinks:
-            return AnswerStates(hidden[answer], torch.zeros_like(answer)[answer])
-        return AnswerStates(hidden[answer], find_attention_sinks(hidden, answer)[answer])
+        silent = silent_tokens(hidden, answer, attention_sinks=self.attention_sinks)
+        return AnswerStates(hidden[answer], silent[answer])
 
     def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         return run_until(self.point, lambda: last_hidden_state(self.point.decoder, batch))
