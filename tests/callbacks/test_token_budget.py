@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.trainers import dpo
 from helpers.worlds import HOOK_POINT, make_sae_dictionary
@@ -26,6 +27,22 @@ def test_it_falls_as_the_dictionary_grows(tmp_path: Path) -> None:
     assert sizes[-1] == FEWEST
     assert budget(2**12, token_scores=True) < budget(2**12)
     assert budget(2**17, selection_tokens=10**6) == 10**6
+
+
+def test_it_counts_parameters_whole_that_zero3_keeps_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves an empty tensor in a parameter's place between two uses, and its size beside it."""
+    trainer = dpo(tmp_path)
+    config = AttributionConfig(FeatureDictionary(torch.ones(2**12, 16), HOOK_POINT, "wide"))
+    whole = with_token_budget(config, trainer).selection_tokens
+    for parameter in trainer.model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    monkeypatch.setattr("transformers.trainer_pt_utils.is_deepspeed_zero3_enabled", lambda: True)
+    assert whole is not None
+    assert whole > FEWEST
+    assert with_token_budget(config, trainer).selection_tokens == whole
 
 
 def test_the_record_names_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from transformers import Trainer
+from transformers.trainer_pt_utils import get_model_param_count
 
 from ..trainers.kinds import policy_of
 from .config import AttributionConfig
@@ -23,7 +24,7 @@ def with_token_budget(config: AttributionConfig, trainer: Trainer) -> Attributio
         return config
     args = trainer.args
     rows = max(1, args.per_device_train_batch_size * args.gradient_accumulation_steps)
-    parameters = sum(value.numel() for value in policy_of(trainer).parameters())
+    parameters = get_model_param_count(policy_of(trainer))  # whole, where ZeRO-3 keeps a part of each here
     step = _PASSES * parameters * rows * _ROW
     size = sum(dictionary.d_sae * dictionary.d_model for dictionary in config.dictionaries)
     products = 2 * size * (_PRODUCTS if config.token_scores else 1)
