@@ -225,7 +225,7 @@ def test_top_level_help_fits() -> None:
 
 @pytest.mark.parametrize(("width", "shown"), [(60, 2), (80, 3), (120, 5)])
 def test_words_get_the_room_that_the_numbers_leave(width, shown):
-    """Columns that may go do, the last of the list last; a number is never cut, the words are with an ellipsis."""
+    """Columns that may go do, the last of the list last, and are named; a number is never cut, the words are with an ellipsis."""
     numbers = {f"column {number}": "right" for number in range(5)}
     words = "Great question! · you're absolutely right · what a great idea of yours, and so on"
     row = [f"+{number}.234567e-03" for number in range(5)]
@@ -240,6 +240,23 @@ def test_words_get_the_room_that_the_numbers_leave(width, shown):
     assert [cell in text for cell in row] == [True] * shown + [False] * (5 - shown)
     assert "Great question!" in text
     assert "…" in text
+    omitted = ", ".join(f"column {number}" for number in range(shown, 5))
+    assert text.splitlines()[-2].startswith("+" if shown == 5 else "Not shown")
+    assert (f"Not shown in {width} columns: {omitted}." in text) == (shown < 5)
+
+
+@pytest.mark.parametrize("width", [64, 66, 70, 80])
+def test_short_words_take_no_room_from_the_numbers(width: int) -> None:
+    numbers = dict.fromkeys(["feature", "attribution", "suppressed", "rejected", "lift"], "right")
+    row = ["61", "+0.0495", "-0.00379", "+0.000189", "+1.5e-05"]
+    made = terminal.table(
+        "T", {**numbers, "words": "left"}, [[*row, "praise"]], words="words", optional=["lift"]
+    )
+    with io.StringIO() as file:
+        Console(file=file, width=width).print(made)
+        text = file.getvalue()
+    assert all(part in text for part in [*numbers, *row, "praise"])
+    assert "Not shown" not in text
 
 
 @pytest.mark.parametrize("width", range(20, 60, 3))

@@ -88,7 +88,8 @@ def table(
         rows: of cells, as many as there are columns; None draws a line.
         head: show the headings.
         words: heading of a column that gets the room that the others leave, its cells cut with an ellipsis.
-        optional: headings of columns to omit, one after the other, where the words, or without words the others, have no room.
+        optional: headings of columns to omit, one after the other, where the words, or without words the others, have no room; a line
+            below the table names them.
     """
     numeric = [justify == "right" for justify in columns.values()]
     printed = [
@@ -118,18 +119,20 @@ class _FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = list(self.columns)
+        omitted: list[str] = []
         for heading in self.optional:
             if self._fits(shown, options.max_width):
                 break
             if heading in shown:
                 shown.remove(heading)
+                omitted.append(" ".join(heading.split()))
         room = self._room(shown, options.max_width)
         made = Table(
             box=SIMPLE_HEAD, show_header=self.head, show_edge=False, pad_edge=False, collapse_padding=True
         )
         for heading in shown:
             if heading == self.words and room is not None:
-                width = max(_WORDS_LEAST, min(room, self._widest_words()))
+                width = min(max(_WORDS_LEAST, room), self._widest_words())
                 cut: OverflowMethod = (
                     "ellipsis" if make_printable("…") == "…" else "crop"
                 )  # what replaces it would be wider
@@ -145,6 +148,9 @@ class _FittedTable:
             else:
                 made.add_row(*(row[place] for place in places))
         yield from console.render(made, options.update_width(max(self._narrowest(shown), options.max_width)))
+        if omitted:
+            names = ", ".join(reversed(omitted))
+            yield Sentence(f"Not shown in {options.max_width} columns: {names}.", "dim")
 
     def _cells(self, heading: str) -> list[str]:
         place = list(self.columns).index(heading)
@@ -225,11 +231,12 @@ class Sentence:
     """Text that is wrapped between words, and never between a number and what belongs to it: `-0.051 ± 0.05`, `95 %`, `q < 0.05`."""
 
     text: str
+    style: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         held = Text(_INSIDE.sub(_HELD, make_printable(self.text)))
         for line in held.wrap(console, options.max_width):
-            yield Text(line.plain.rstrip().replace(_HELD, " "), no_wrap=True, overflow="ignore")
+            yield Text(line.plain.rstrip().replace(_HELD, " "), self.style, no_wrap=True, overflow="ignore")
 
 
 _HELD = "\ue000"  # no space to rich, and one column wide

@@ -108,6 +108,14 @@ def check_that_drift_leads(record: RunRecord) -> None:
     assert head[:2] == ["feature", "drift"]
     top = next(line.split() for line in lines if line.split()[:1] == [str(first["feature"])])
     assert top[1:3] == shown
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    print_summary(record.directory, console=narrow)
+    lines = narrow.export_text().splitlines()
+    kept = next(line for line in lines if "±" in line).split()
+    assert kept[:2] == head[:2]
+    omitted = [each for each in head if each not in kept]
+    named = " ".join(lines).partition("Not shown in 80 columns: ")[2].partition(".")[0].split(", ")
+    assert omitted == [word for each in named for word in each.split()]
 
 
 def test_a_resumed_run_goes_on_with_the_same_answers_and_to_the_same_numbers(tmp_path: Path) -> None:

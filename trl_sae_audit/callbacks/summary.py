@@ -41,7 +41,7 @@ def print_summary(
         explained |= {
             each.score: each.meaning for each in known_leadings(record.features(dictionary["name"]))
         }
-        console.print(feature_table(record, dictionary["name"], n))
+        console.print(feature_table(record, dictionary["name"], n), crop=False)
         if not _is_any_beyond_chance(record, dictionary["name"]):
             console.print("Nothing is beyond chance (q < 0.05): too few examples to tell.", highlight=False)
     if "generation_effect_size" in explained:
@@ -52,8 +52,10 @@ def print_summary(
                 "too small, and has the right direction at best.",
                 highlight=False,
             )
+    scored = "selection" if "selection" in explained else "attribution"
     console.print(
-        f"{' '.join(explained.values())} ±: the 95 % interval of the first score. lift: how much more of the gradient lies along the "
+        f"{' '.join(explained.values())} ±: the 95 % interval of the first score. q: of {scored}, corrected for the number of features. "
+        "lift: how much more of the gradient lies along the "
         "feature than along a random direction.",
         style="dim",
         highlight=False,
@@ -90,7 +92,7 @@ def _is_any_beyond_chance(record: RunRecord, dictionary: str) -> bool:
 def feature_table(record: RunRecord, dictionary: str, n: int = 8) -> RenderableType:
     """The features of one dictionary that moved most, either way, by the score that leads, with their words.
 
-    `q` and the sides are selection's, where it is known. The columns behind the q-value are omitted if the words need the space.
+    `q` and the sides are selection's, where it is known. The columns behind the q-value are omitted where there is no room for them, and named.
     """
     features = record.features(dictionary)
     known = known_leadings(features)
@@ -127,5 +129,5 @@ def feature_table(record: RunRecord, dictionary: str, n: int = 8) -> RenderableT
         columns,
         lines,
         words=_WORDS if _WORDS in columns else None,
-        optional=more[::-1] if _WORDS in columns else (),
+        optional=more[::-1],
     )
