@@ -4,13 +4,13 @@
 
 The files of the package, of its requirements and of each extra, in MB, are read from what pip noted when it installed them. An extra's
 weight is what it adds to the requirements; a package that is not installed here counts as nothing and is named. An import is timed in
-processes of its own, by their processor time; the median of several.
+processes of its own, by the processor time that it takes after the imports before it; the median of several rounds, and in brackets the
+shortest and the longest.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,22 +24,32 @@ from packaging.utils import canonicalize_name
 import trl_sae_audit
 
 OWN = "trl-sae-audit"
-IMPORTS = {
-    "`import trl_sae_audit`": "import trl_sae_audit",
-    "`trl-sae-audit --help`": "from trl_sae_audit.cli.main import main; main(['--help'])",
-    "`from trl_sae_audit import FlagSet`": "from trl_sae_audit import FlagSet",
-    "`from trl import DPOConfig, DPOTrainer`": "from trl import DPOConfig, DPOTrainer",
-    "… and `from trl_sae_audit import FeatureAttributionCallback`": "from trl import DPOConfig, DPOTrainer; from trl_sae_audit import FeatureAttributionCallback",
-    "`from trl_sae_audit import audit_preferences, load_dictionary`": "from trl_sae_audit import audit_preferences, load_dictionary",
+_TRAINER = "from trl import DPOConfig, DPOTrainer"
+_CALLBACK = "from trl_sae_audit import FeatureAttributionCallback"
+IMPORTS: dict[str, tuple[str, str]] = {
+    "`import trl_sae_audit`": ("", "import trl_sae_audit"),
+    "`trl-sae-audit --help`": ("", "from trl_sae_audit.cli.main import main; main(['--help'])"),
+    "`from trl_sae_audit import FlagSet`": ("", "from trl_sae_audit import FlagSet"),
+    "`import trl`": ("", "import trl"),
+    f"`{_TRAINER}`": ("", _TRAINER),
+    f"`{_CALLBACK}` after `import trl`": ("import trl", _CALLBACK),
+    f"`{_CALLBACK}` after `{_TRAINER}`": (_TRAINER, _CALLBACK),
+    "`from trl_sae_audit import audit_preferences, load_dictionary`": (
+        "",
+        "from trl_sae_audit import audit_preferences, load_dictionary",
+    ),
 }
-TIMES = 5
+"""What is timed → the imports before it, and the program."""
+ROUNDS = 5
 _ALONE = "trl-sae-audit alone"
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="in each, every import is timed once")
+    rounds = parser.parse_args().rounds
     known: dict[str, Distribution] = {
         str(canonicalize_name(each.metadata["Name"])): each for each in distributions()
     }
@@ -65,9 +75,12 @@ def main() -> None:
             f"| {what}{missing} | {1 if what == _ALONE else len(names)} | {size:,.{0 if size > 10 else 1}f} |"
         )
     print("\n| import | seconds of processor time |\n|---|---|")
-    nothing = seconds("pass")
-    for what, program in IMPORTS.items():
-        print(f"| {what} | {max(0.0, seconds(program) - nothing):.2f} |")
+    taken: dict[str, list[float]] = {what: [] for what in IMPORTS}
+    for _ in range(rounds):
+        for what, programs in IMPORTS.items():
+            taken[what].append(seconds(*programs))
+    for what, times in taken.items():
+        print(f"| {what} | {statistics.median(times):.2f} [{min(times):.2f}, {max(times):.2f}] |")
 
 
 def closure(asked: Iterable[Requirement], known: dict[str, Distribution]) -> set[str]:
@@ -99,15 +112,11 @@ def own_megabytes() -> float:
     )
 
 
-def seconds(program: str) -> float:
-    """Processor time of a Python that runs `program`."""
-    taken = []
-    for _ in range(TIMES):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return statistics.median(taken)
+def seconds(before: str, program: str) -> float:
+    """Processor time of a program in a Python of its own that has run `before`."""
+    timed = f"import sys, time\n{before}\nbegin = time.process_time()\n{program}\nsys.exit(str(time.process_time() - begin))"
+    done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=False)
+    return float(done.stderr.splitlines()[-1])
 
 
 if __name__ == "__main__":
