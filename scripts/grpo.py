@@ -31,6 +31,7 @@ from trl import (
 
 from trl_sae_audit import AuditError
 from trl_sae_audit.callbacks.arguments import AttributionArguments, attribution_callback
+from trl_sae_audit.callbacks.output_dir import take_output_dir
 from trl_sae_audit.callbacks.summary import diff_command, print_summary, report_command
 from trl_sae_audit.data.opener import open_dataset
 from trl_sae_audit.models.rewards import load_reward, names_function
@@ -76,6 +77,7 @@ def main(
     model_args: ModelConfig,
     attribution_args: AttributionArguments,
 ) -> None:
+    take_output_dir(training_args, attribution_args)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"
     )

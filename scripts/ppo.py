@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from trl_sae_audit.callbacks.arguments import AttributionArguments, attribution_callback
+from trl_sae_audit.callbacks.output_dir import take_output_dir
 from trl_sae_audit.callbacks.summary import diff_command, print_summary, report_command
 from trl_sae_audit.data.opener import open_dataset
 
@@ -37,6 +38,7 @@ def main(
     model_args: ModelConfig,
     attribution_args: AttributionArguments,
 ) -> None:
+    take_output_dir(training_args, attribution_args)
     peft_config = get_peft_config(model_args)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import worlds
@@ -94,16 +96,18 @@ def test_dpo(parts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.newest
-def test_a_second_run_is_summed_up_and_its_next_commands_work(
+def test_a_second_run_has_a_directory_of_its_own_and_its_next_commands_work(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--max_steps", "2", "--per_device_train_batch_size", "2")
-    for number in ("", "-2"):
-        finished = launch("dpo.py", "dpo/tiny.yaml", *options, parts=parts, output=tmp_path)
-        record = tmp_path / f"sae_audit{number}"
+    options = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2")
+    for seed, name in enumerate(("run", "run-2")):
+        finished = launch(
+            *("dpo.py", "dpo/tiny.yaml", *options, "--seed", str(seed)), parts=parts, output=tmp_path / "run"
+        )
+        record = tmp_path / name / "sae_audit"
         check_run(finished, record, "DPOTrainer", steps=2)
         assert f"run record: {record} (2 optimizer steps)" in finished.stdout
-    assert (tmp_path / "model.safetensors").is_file()
+    assert f"{tmp_path / 'run'} has the model or checkpoints of an earlier run" in finished.stderr
     commands = finished.stdout[finished.stdout.index("next:") :].splitlines()[:2]
     for command, name in zip(commands, ("report", "verify"), strict=True):
         words = shlex.split(command.removeprefix("next:"))
@@ -114,6 +118,44 @@ def test_a_second_run_is_summed_up_and_its_next_commands_work(
     assert "These are pairs that the run trained on (the first 200" in printed
     assert cli.main(["diff", str(record), "--samples", "1", "--max_new_tokens", "8"]) == 0
     assert "What they write" in capsys.readouterr().out
+
+    first = tmp_path / "run" / "sae_audit"
+    document = verified(capsys, first)
+    assert document["after"] == str(tmp_path / "run")
+    assert verified(capsys, record)["after"] == str(tmp_path / "run-2")
+    shutil.copy(tmp_path / "run-2" / "model.safetensors", tmp_path / "run" / "model.safetensors")
+    for command in ("verify", "diff"):
+        assert cli.main([command, str(first)]) == cli.USAGE_ERROR
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"The model in {tmp_path / 'run'} is not the one that the run in {first} ended with" in said
+    assert verified(capsys, first, "--after", str(tmp_path / "run-2"))["after"] == str(tmp_path / "run-2")
+
+
+def verified(capsys: pytest.CaptureFixture[str], record: Path, *options: str) -> dict[str, Any]:
+    """What `verify` of a run's record says, as a document."""
+    assert cli.main(["verify", str(record), "--json", "--samples", "0", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.newest
+def test_a_run_that_did_not_finish_or_saved_nothing_names_no_model(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--max_steps", "2", "--per_device_train_batch_size", "2")
+    launch("dpo.py", "dpo/tiny.yaml", *options, parts=parts, output=tmp_path / "run")
+    manifest = tmp_path / "run" / "sae_audit" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"status": "running"}))
+    for command, option in (("verify", "--after"), ("diff", "AFTER")):
+        assert cli.main([command, str(manifest.parent)]) == cli.USAGE_ERROR
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has not finished (it is 'running', at step 2)" in said
+        assert f"as {option}." in said
+    manifest.write_text(json.dumps(content))
+    (tmp_path / "run" / "config.json").unlink()
+    assert cli.main(["verify", str(manifest.parent)]) == cli.USAGE_ERROR
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"trained into {tmp_path / 'run'}, but there is no model: trainer.save_model() saves it" in said
 
 
 @pytest.mark.newest

@@ -58,7 +58,9 @@ class AttributionArguments:
     )
     record_dir: str | None = option(None, "Where the run record goes; by default sae_audit in output_dir.")
     record_overwrite: bool = option(
-        False, "Replace the record of an earlier run; by default the record of a second run is numbered."
+        False,
+        "Replace an earlier run, its record and its model; by default a second run's output_dir is numbered, as runs/dpo-2, and so "
+        "is its record.",
     )
     record_top: int = option(AttributionConfig.top_k, "Features recorded per step besides the watched ones.")
     record_examples: bool = option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
@@ -55,7 +56,7 @@ def _origins(config: AttributionConfig, trainer: Trainer) -> dict[str, Any]:
     """What a command about the run need not be told again: places on disk, and names on the Hub."""
     return {
         "model": absolute_place(model_name(policy_of(trainer))),
-        "after": absolute_place(trainer.args.output_dir),
+        "after": str(Path(trainer.args.output_dir).absolute()),  # is made when the trainer first saves
         "dataset": config.dataset and absolute_place(config.dataset),
         "dictionaries": {each.name: each.origin for each in config.dictionaries},
     }

@@ -21,7 +21,9 @@ from ..attribution.totals import FeatureTotals
 from ..errors import AuditError
 from ..metric_names import sae_prefix
 from ..models.sampling import Sampling
+from ..models.weight_sample import sample_weights
 from ..record.checkpoint import CallbackState
+from ..record.columns import WEIGHTS
 from ..record.contexts import CONTEXTS, WORDS, words_table
 from ..record.reader import RunRecord
 from ..record.resilient_writer import ResilientWriter
@@ -259,6 +261,7 @@ class AttributionSession(TrainerListener):
             if self._rollouts is not None:
                 self._rollouts.write(self.step)
             self._keep_words()
+            self._keep_weights()
             for tracker in self.trackers:
                 tracker.report_sinks()
             if self._writer is not None:
@@ -332,6 +335,12 @@ class AttributionSession(TrainerListener):
         record = RunRecord.load(self._writer.directory)
         if CONTEXTS in record.tables:
             self._append(WORDS, [words_table(record.table(CONTEXTS), self.step)])
+
+    def _keep_weights(self) -> None:
+        """Put some of the weights that the run ended with on the record, by which `verify` tells the trained model from another."""
+        if self._writer is not None and not spreads_parameters(self.trainer):
+            sample = sample_weights(policy_of(self.trainer))
+            self._append(WEIGHTS, [{"step": np.full(len(sample["place"]), self.step), **sample}])
 
     def _write_if_due(self) -> None:
         """Put the record on disk where `flush_seconds` have passed, whether or not the trainer logs."""

@@ -83,14 +83,22 @@ OPTIONS = (DiffArguments, DictionaryArguments, OutputArguments)
 
 def run(arguments: DiffArguments, dictionary_arguments: DictionaryArguments, output: OutputArguments) -> int:
     from ..models.sampling import Sampling
+    from ..record.reader import RunRecord
     from ..verification.diff import diff_models
     from .options import PreferenceArguments
+    from .trained_model import check_saved, check_trained
 
+    known = origins(arguments.before)
+    record = RunRecord.load(arguments.before) if known.get("after") == arguments.after else None
+    if record is not None:
+        check_saved(record, arguments.after, "AFTER")
     dictionary = dictionary_arguments.load()
     rows = PreferenceArguments(arguments.dataset, arguments.split, arguments.max_rows).source()
     how = (arguments.dtype, arguments.device, arguments.trust_remote_code)
-    before, tokenizer = ModelArguments(origins(arguments.before).get("model", arguments.before), *how).load()
+    before, tokenizer = ModelArguments(known.get("model", arguments.before), *how).load()
     after, _ = ModelArguments(arguments.after, *how).load()
+    if record is not None:
+        check_trained(record, after, arguments.after, "AFTER")
     sampling = Sampling(arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     found = diff_models(
         before,

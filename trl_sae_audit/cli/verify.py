@@ -76,13 +76,20 @@ def run(
     from ..verification.diff import SIGNIFICANT, change_table
     from ..verification.measured import MeasuredChange, measured_change, read_answers, sample_answers
     from ..verification.samples import choose_features, read_samples
+    from .trained_model import check_saved, check_trained
 
     source = read_source(arguments.source)
     dictionary = dictionary_arguments.load()
     name = check_dictionary_of(source, dictionary.identity, dictionary.name)
     rows = data.source()
+    from_record = origins(arguments.source).get("after") == arguments.after
+    record = source if from_record and not isinstance(source, Audit) else None
+    if record is not None:
+        check_saved(record, arguments.after, "--after")
     before, tokenizer = model_arguments.load()
     after, _ = replace(model_arguments, model=arguments.after).load()
+    if record is not None:
+        check_trained(record, after, arguments.after, "--after")
     common: dict[str, Any] = {"batch_size": arguments.batch_size, "progress": True}
     sinks = counts_attention_sinks(source)
     changes = [

@@ -8,9 +8,12 @@ from pandas.api.types import infer_dtype, is_numeric_dtype
 from ..errors import AuditError
 from .contexts import CONTEXTS, WORDS
 
+WEIGHTS = "trained_weights"
+"""The table of some weights that a run ended with, see `models.weight_sample`."""
 _NUMBERS = {
     CONTEXTS: ("step", "feature", "activation"),
     WORDS: ("step", "feature"),
+    WEIGHTS: ("place", "value"),
     "generation_drift": ("step", "feature", "drift", "low", "high"),
     "generation_features": ("feature", "spread"),
 }
@@ -18,13 +21,14 @@ _TEXTS = {
     "steps": ("dictionary",),
     CONTEXTS: ("dictionary", "source", "prompt", "before", "at", "after"),
     WORDS: ("dictionary", "words"),
+    WEIGHTS: ("parameter",),
     "generation_drift": ("dictionary",),
     "generation_features": ("dictionary",),
 }
 
 
 def check_columns(rows: pd.DataFrame, name: str, directory: Path) -> None:
-    """Refuse, with an AuditError, a table of steps, contexts, words or drift that lacks a column or has one of another type."""
+    """Refuse, with an AuditError, a table that lacks a column or has one of another type."""
     if not len(rows):
         return
     wrong = [each for each in _NUMBERS.get(name, ()) if each not in rows or not is_numeric_dtype(rows[each])]
