@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from helpers.sae_training import make_narrow_model, make_texts, training_config
 from helpers.saes import hidden_states, make_sae
 from helpers.worlds import make_tokenizer
+from rich.console import Console
 from sae_lens import TrainingSAE
 from transformers import LlamaForCausalLM
 
 from trl_sae_audit import AuditError, load_dictionary
+from trl_sae_audit.cli.train_sae import summary
 from trl_sae_audit.io.manifest import read_manifest
 from trl_sae_audit.models.hook_points import resolve_hook_point
 from trl_sae_audit.models.residual_stream import TokenRules, residual_stream
@@ -100,6 +103,21 @@ class TestTraining:
         )
         assert load_dictionary(one.path).identity == load_dictionary(other.path).identity
         assert torch.equal(state, torch.get_rng_state())
+
+    @pytest.mark.parametrize(
+        ("tokens", "said"), [(512, ", all different"), (10**5 // 256 * 256, " of them different")]
+    )
+    def test_no_more_tokens_are_different_than_it_is_trained_on(
+        self, model: LlamaForCausalLM, tmp_path: Path, tokens: int, said: str
+    ) -> None:
+        settings = training_config(tmp_path / "sae", training_tokens=tokens, max_fvu=10, max_dead=1)
+        trained = train_dictionary(model, make_tokenizer(bos=True), make_texts(), settings)
+        assert trained.training_tokens == tokens
+        assert 0 < (trained.distinct_tokens or 0) <= tokens
+        with io.StringIO() as file:
+            Console(file=file, width=80).print(summary(trained, 1.0))
+            assert f"{tokens:,} tokens" in file.getvalue()
+            assert said in file.getvalue()
 
     def test_texts_that_do_not_fit_the_buffer(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
         trained = train_dictionary(

@@ -51,10 +51,9 @@ def run(
 
 def summary(trained: TrainedDictionary, seconds: float) -> RenderableType:
     """The figures of a trained dictionary, with what they mean."""
-    distinct = "" if trained.distinct_tokens is None else f", {trained.distinct_tokens:,} of them different"
     rows = (
         ("features", f"{trained.d_sae:,} at {trained.hook_point}"),
-        ("trained on", f"{trained.training_tokens:,} tokens{distinct}; {seconds:.0f} s in all"),
+        ("trained on", f"{trained.training_tokens:,} tokens{_distinct(trained)}; {seconds:.0f} s in all"),
         ("checked on", f"{trained.held_out_tokens:,} held-out tokens"),
         ("FVU", f"{trained.fvu:.3f}  fraction of variance unexplained: 0 perfect, 1 useless"),
         (
@@ -62,6 +61,14 @@ def summary(trained: TrainedDictionary, seconds: float) -> RenderableType:
             f"{trained.token_fvu:.3f}  the same token by token: what a few huge activations cannot flatter",
         ),
         ("L0", f"{trained.l0:.1f}  active features a token"),
-        ("dead", f"{trained.dead:.1%}  of the features active on no held-out token"),
+        ("dead", f"{trained.dead:.1%}  of the features, active on no held-out token"),
     )
     return table("The dictionary", {"": "left", " ": "left"}, rows, head=False)
+
+
+def _distinct(trained: TrainedDictionary) -> str:
+    if trained.distinct_tokens is None:
+        return ""
+    if trained.distinct_tokens == trained.training_tokens:
+        return ", all different"
+    return f", {trained.distinct_tokens:,} of them different"

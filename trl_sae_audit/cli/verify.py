@@ -222,7 +222,7 @@ def table_of(verification: Verification) -> RenderableType:
         verification.statistics[name]["r2"].estimate for name in verification.statistics if name != RANDOM
     )
     title = (
-        f"{verification.kind}: {len(verification.features)} active features, {verification.units} prompts; "
+        f"{verification.kind}: {len(verification.features)} active features, {verification.units} prompts\n"
         f"{describe_ceiling(verification.ceiling, best)}"
     )
     columns: dict[str, Justify] = {"score": "left"}

@@ -135,7 +135,9 @@ def train_dictionaries(
             expected=_estimate_tokens(training, tokenizer, config.context_size),
         )
         saes = fit_saes(buffer, config, len(hooks), d_sae, k, model.device, start)
-        distinct = len(buffer.rows) if buffer.complete else None
+        trained_on = config.training_tokens // config.sae_batch_size * config.sae_batch_size
+        # the buffer has one batch more, for the scale
+        distinct = min(len(buffer.rows), trained_on) if buffer.complete else None
         found = []
         for sae, hook, target in zip(saes, hooks, targets, strict=True):
             sae.cfg.metadata = _metadata(sae, model, hook, config, dataset, distinct)
@@ -161,7 +163,7 @@ def train_dictionaries(
             l0=health.l0,
             dead=health.dead,
             held_out_tokens=int(health.tokens),
-            training_tokens=config.training_tokens // config.sae_batch_size * config.sae_batch_size,
+            training_tokens=trained_on,
             distinct_tokens=distinct,
             d_sae=d_sae,
             hook_point=hook.path,
