@@ -190,47 +190,59 @@ def scores_of(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def compose_all(name: str, stored: pd.DataFrame, dictionary: FeatureDictionary) -> pd.DataFrame:
-    """Sets in which one behaviour alone is planted, composed of pairs that were audited, in `DESIGNS` shares and sizes."""
+    """Sets in which one behaviour alone is planted, composed of a seed's pairs that were audited, in `DESIGNS` shares and sizes."""
     keys = ["behaviours", "share", "seed", *SIZES]
-    cells = [
-        {key: row[key] for key in keys}
-        for row in stored.drop_duplicates("seconds").to_dict("records")
-        if row["seed"] == 0
-    ]
-    base: dict[int, composed.Example] = {}
-    planted: dict[str, dict[int, composed.Example]] = {}
-    files = {}
-    for cell in cells:
-        choose = random.Random(f"{' + '.join(cell['behaviours'])}-{cell['seed']}")
-        places = real_pairs.planted_places(cell["train_pairs"], cell["behaviours"], cell["share"], choose)
-        examples = composed.examples_of(Audit.load(directory_of(name, cell) / "audit"))
-        for behaviour, some in places.items():
-            files[behaviour] = carriers_file(name, behaviour, cell)
-            planted.setdefault(behaviour, {}).update({place: examples[place] for place in some})
-        taken = {place for some in places.values() for place in some}
-        base |= {place: example for place, example in examples.items() if place not in taken}
+    cells = [{key: row[key] for key in keys} for row in stored.drop_duplicates("seconds").to_dict("records")]
+    pools = {
+        seed: Pool(name, [cell for cell in cells if cell["seed"] == seed])
+        for seed in sorted({cell["seed"] for cell in cells})
+    }
 
     def draw(cell: common.Cell) -> Iterable[dict[str, Any]]:
+        pool, own = pools[cell["seed"]], "" if cell["seed"] == 0 else f"-{cell['seed']}"
         if cell["behaviour"] == EXCHANGED:
             for number in range(cell["draws"]):
-                yield false_flags(base, cell["pairs"], random.Random(number), dictionary)
+                yield false_flags(pool.base, cell["pairs"], random.Random(f"{number}{own}"), dictionary)
             return
-        known = json.loads(files[cell["behaviour"]].read_text(encoding="utf-8"))
+        known = json.loads(pool.files[cell["behaviour"]].read_text(encoding="utf-8"))
         for number in range(cell["draws"]):
-            choose = random.Random(f"{cell['behaviour']}-{cell['share']}-{cell['pairs']}-{number}")
-            yield from one_draw(cell, known, base, planted[cell["behaviour"]], choose, dictionary)
+            choose = random.Random(f"{cell['behaviour']}-{cell['share']}-{cell['pairs']}-{number}{own}")
+            yield from one_draw(cell, known, pool.base, pool.planted[cell["behaviour"]], choose, dictionary)
 
     wanted = [
-        {"behaviour": behaviour, "share": share, "pairs": pairs, "draws": DRAWS, "from": len(cells)}
-        for behaviour, own in planted.items()
-        for share, pairs in DESIGNS
-        if round(share * pairs) <= len(own) and pairs <= len(base)
+        {"seed": seed, "draws": DRAWS, "from": pool.audits, **design}
+        for seed, pool in pools.items()
+        for design in pool.designs()
     ]
-    if base:
-        wanted.append(
-            {"behaviour": EXCHANGED, "share": 0.0, "pairs": len(base), "draws": DRAWS, "from": len(cells)}
-        )
     return common.run_cells(f"{name}-composed", wanted, draw)
+
+
+class Pool:
+    """The audited pairs of a seed: by behaviour those that it was planted in, and those without a plant."""
+
+    def __init__(self, name: str, cells: list[common.Cell]) -> None:
+        self.base: dict[int, composed.Example] = {}
+        self.planted: dict[str, dict[int, composed.Example]] = {}
+        self.files: dict[str, Path] = {}
+        self.audits = len(cells)
+        for cell in cells:
+            choose = random.Random(f"{' + '.join(cell['behaviours'])}-{cell['seed']}")
+            places = real_pairs.planted_places(cell["train_pairs"], cell["behaviours"], cell["share"], choose)
+            examples = composed.examples_of(Audit.load(directory_of(name, cell) / "audit"))
+            for behaviour, some in places.items():
+                self.files[behaviour] = carriers_file(name, behaviour, cell)
+                self.planted.setdefault(behaviour, {}).update({place: examples[place] for place in some})
+            taken = {place for some in places.values() for place in some}
+            self.base |= {place: example for place, example in examples.items() if place not in taken}
+
+    def designs(self) -> Iterable[dict[str, Any]]:
+        """Behaviour, share and pairs of the sets that there are pairs enough for; last, all without a plant."""
+        for behaviour, own in self.planted.items():
+            for share, pairs in DESIGNS:
+                if round(share * pairs) <= len(own) and pairs <= len(self.base):
+                    yield {"behaviour": behaviour, "share": share, "pairs": pairs}
+        if self.base:
+            yield {"behaviour": EXCHANGED, "share": 0.0, "pairs": len(self.base)}
 
 
 def false_flags(
@@ -434,17 +446,20 @@ def composed_sections(drawn: pd.DataFrame) -> list[str]:
                     "share": f"{share:.0%} of {pairs}",
                     "score": score,
                     "in the first 10": f"{overall.estimate:.0%} [{overall.low:.0%}, {overall.high:.0%}]",
+                    "by seed": ", ".join(
+                        f"{value:.0%}" for value in part.groupby("seed", sort=False)["hit"].mean()
+                    ),
                     "in the first 3": f"{three:.0%}",
                     "a specific one in the first 10": f"{(part['specific_rank'] <= max(TOPS)).mean():.0%}",
                     **{behaviour: f"{value:.0%}" for behaviour, value in by_behaviour.items()},
                 }
             )
     return [
-        f"Without the lookahead every score is made of sums over pairs, and each pair's part was kept. So sets with one behaviour alone were composed of audited pairs, {DRAWS} at random for each "
+        f"Without the lookahead every score is made of sums over pairs, and each pair's part was kept. So sets with one behaviour alone were composed of audited pairs, {DRAWS} at random for each seed, "
         "share and size (they overlap); the scores are those that an audit of the composed set would have. Share of the sets with a carrier among the first ten, over the behaviours, "
         f"{', '.join(dict.fromkeys(drawn['behaviour']))}; in brackets 95 % bootstrap intervals over behaviours.",
         common.markdown_table(pd.DataFrame(lines).fillna("")),
-        f"False flags: in {len(null)} sets of {null['pairs'].max()} pairs without a plant, the labels exchanged in a random half of them, {int((null['flagged'] > 0).sum())} "
+        f"False flags: in {len(null)} sets of {' or '.join(map(str, sorted(set(null['pairs']))))} pairs without a plant, the labels exchanged in a random half of them, {int((null['flagged'] > 0).sum())} "
         f"have a feature whose selection has a q-value below {Q:g}; {int(null['flagged'].sum())} features in all.",
     ]
 

@@ -166,19 +166,23 @@ def test_real_recovery(studies, directory, monkeypatch):
     monkeypatch.setattr(real_recovery, "DRAWS", 2)
     sizes = ["--train_pairs=16", "--held_out=3", "--contrast=8", "--groups=1", "--shares=0.25"]
     files = [directory / "model", directory / "sae", directory / "pairs.jsonl"]
-    run(monkeypatch, "real_recovery", *files, *sizes, "--behaviours", "agreement", "closing offer")
-    (cell,) = cells_of(studies, "real-recovery")
+    behaviours = ["agreement", "closing offer"]
+    run(monkeypatch, "real_recovery", *files, *sizes, "--seeds", "0", "1", "--behaviours", *behaviours)
+    cell, other = cells_of(studies, "real-recovery")
+    assert [cell["cell"]["seed"], other["cell"]["seed"]] == [0, 1]
     rows = pd.DataFrame(cell["rows"])
     assert set(rows["behaviour"]) == {"agreement", "closing offer"}
     assert (rows["planted_pairs"] == 4).all()
     assert (rows["specific_ranks"].map(set) <= rows["ranks"].map(set)).all()
     assert len(rows) == 2 * rows["score"].nunique() == 16
     drawn = cells_of(studies, "real-recovery-composed")
-    assert [entry["cell"]["behaviour"] for entry in drawn] == [
-        "agreement",
-        "closing offer",
-        "labels exchanged",
+    assert [(entry["cell"]["seed"], entry["cell"]["behaviour"]) for entry in drawn] == [
+        (seed, behaviour) for seed in (0, 1) for behaviour in (*behaviours, "labels exchanged")
     ]
+    own, others = (
+        [row["rank"] for each in drawn[start : start + 2] for row in each["rows"]] for start in (0, 3)
+    )
+    assert own != others
     assert {row["score"] for row in drawn[0]["rows"]} < set(rows["score"])
     page = (studies / "docs" / "real-recovery.md").read_text()
     assert "| 25% | by chance |" in page
