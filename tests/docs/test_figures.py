@@ -1,4 +1,5 @@
-"""The figures in the README's table of results are those of the pages it links to: a figure has one place, and the README quotes it."""
+"""The figures in the tables of results are those of the pages they link to: a figure has one place, and the README and the list of the
+studies quote it."""
 
 from __future__ import annotations
 
@@ -7,14 +8,12 @@ import re
 import pytest
 from helpers.pages import ROOT
 
+TABLES = {"README.md": "## Results", "docs/studies/README.md": "## In the lab"}
 ROWS = [
-    [cell.strip() for cell in line.strip().strip("|").split("|")]
-    for line in (ROOT / "README.md")
-    .read_text(encoding="utf-8")
-    .split("## Results")[1]
-    .split("\n## ")[0]
-    .splitlines()
-    if "](docs/" in line and line.startswith("|")
+    (page, [cell.strip() for cell in line.strip().strip("|").split("|")])
+    for page, heading in TABLES.items()
+    for line in (ROOT / page).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0].splitlines()
+    if "](" in line and line.startswith("|")
 ]
 
 
@@ -27,13 +26,15 @@ def numbers(text: str) -> set[str]:
 
 
 def test_there_are_rows() -> None:
-    assert len(ROWS) >= 5
+    assert {page for page, _ in ROWS} == set(TABLES)
+    assert len(ROWS) >= 10
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[-1].partition("]")[0].strip("["))
-def test_every_figure_stands_in_the_page_it_is_of(row: list[str]) -> None:
-    page = re.search(r"\((docs/[^)#]*)", row[-1])
-    assert page is not None
-    there = numbers((ROOT / page.group(1)).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("page", "row"), ROWS, ids=[row[0][:40] for _, row in ROWS])
+def test_every_figure_stands_in_the_page_it_is_of(page: str, row: list[str]) -> None:
+    link = re.search(r"\(([^)#]*)", row[-1])
+    assert link is not None
+    linked = (ROOT / page).parent / link.group(1)
+    there = numbers(linked.read_text(encoding="utf-8"))
     missing = {number for number in numbers(row[1]) if number not in there}
-    assert not missing, f"{missing} in the README, but not in {page.group(1)}"
+    assert not missing, f"{missing} in {page}, but not in {linked.name}"
