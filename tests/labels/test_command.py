@@ -39,6 +39,7 @@ def test_labels_by_an_endpoint(audit: Audit, endpoint: Endpoint, capsys: pytest.
     assert "0.50 chance" in said.out
     assert "agrees with the user" in said.out
     assert "4 of 96 features of" in said.out
+    assert said.out.count("fuzzing") == 2
     asked = len(endpoint.requests)
     assert main([*command, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
@@ -60,6 +61,9 @@ def test_where_there_is_no_label_the_words_are_shown(
     words = [row["words"] for row in audit.ranking().head(3).to_dict("records")]
     assert any(words)
     assert all(each[:20] in said for each in words)
+    assert "detection" not in said
+    assert "fuzzing" not in said
+    assert "its words" in said
 
 
 def test_a_judge_that_cannot_answer_is_said_to(

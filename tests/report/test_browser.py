@@ -172,6 +172,14 @@ def test_the_map_can_be_walked_by_keyboard(open_page) -> None:
 def test_it_fits_and_follows_the_theme(open_page, viewport: dict[str, int], scheme: str) -> None:
     page = open_page(viewport, scheme)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for table in ("head", "dots"):
+        cut = f"[...document.querySelectorAll('table.{table}')].filter(({{parentElement: e}}) => e.scrollWidth > e.clientWidth).length"
+        assert page.evaluate(cut) == 0, f"a table of class {table} is cut at its right"
+    if viewport is PHONE:
+        wraps = "[...document.querySelectorAll('.front th a')].every((each) => getComputedStyle(each).whiteSpace === 'normal')"
+        assert page.evaluate(wraps)
+        whole = "[...document.querySelectorAll('table.dots td.nowrap')].every((each) => getComputedStyle(each).whiteSpace === 'nowrap')"
+        assert page.evaluate(whole)
     background = "getComputedStyle(document.body).backgroundColor"
     before = page.evaluate(background)
     assert (sum(map(int, re.findall(r"\d+", before))) < 200) == (scheme == "dark")

@@ -9,9 +9,11 @@ import pytest
 from helpers.report_sources import make_dictionary, make_record
 
 from trl_sae_audit.outcomes import Outcome, write_outcomes
+from trl_sae_audit.report.columns import describe_columns
 from trl_sae_audit.report.comparison import compare_features, compare_outcomes
 from trl_sae_audit.report.curriculum import draw_curriculum_map
 from trl_sae_audit.report.front import build_front, name_group
+from trl_sae_audit.report.lead import DRIFT, LEADS
 from trl_sae_audit.report.links import link_features
 from trl_sae_audit.report.sources import open_source
 
@@ -40,6 +42,31 @@ def test_one_run(record: Path) -> None:
     ).groups
     named = next(name_group(source.views[0], each, {}) for each in group if each.leading[0] == 3)
     assert named.startswith("flattery")
+
+
+def test_a_group_is_cut_between_words(record: Path) -> None:
+    view = open_source(record).views[0]
+    group = draw_curriculum_map(
+        view.over_time["attribution"].values, view.over_time["attribution"].bins
+    ).groups[0]
+    phrases = {feature: f"many people asked number {feature} about it" for feature in group.leading}
+    labels = {feature: label for label, feature in view.watched.items()}
+    whole = " · ".join(labels.get(each, phrases[each]) for each in group.leading)
+    named = name_group(view, group, phrases)
+    assert len(whole) > len(named)
+    assert named.endswith(" …")
+    assert whole.startswith(named[:-2])
+    assert whole[len(named) - 2] == " "
+
+
+def test_a_drift_has_no_column_of_q_values() -> None:
+    names = ("lead", "lead_margin", "lead_q", "attribution", "q_value")
+    shown = {
+        lead.name: [column["name"] for column in describe_columns(names, lead, "", "", None)]
+        for lead in LEADS
+    }
+    assert shown[DRIFT] == ["lead", "lead_margin", "attribution", "q_value"]
+    assert all("lead_q" in columns for name, columns in shown.items() if name != DRIFT)
 
 
 def test_where_nothing_can_be_told_it_says_so(record: Path, tmp_path: Path) -> None:
@@ -87,5 +114,8 @@ def test_features_in_sentences_are_links() -> None:
     assert '<a class="open" href="#feature-0-7">“you know” (feature 7)</a>; ' in linked
     assert '<a class="open" href="#feature-0-9">Feature 9</a>, “x”.' in linked
     assert "<b>" not in linked
+    assert link_features("(drift +0.3 ± 0.1), q < 0.05, a < b", {}) == (
+        "(drift +0.3\u00a0±\u00a00.1), q\u00a0&lt;\u00a00.05, a &lt; b"
+    )
     brief = link_features(text, {}, 1, brief=True)
     assert '#feature-1-7">“you know”<span class="hide"> (feature 7)</span></a>' in brief

@@ -125,7 +125,7 @@ def test_files_and_page(tmp_path: Path, compared):
     directory = save_verifications([verification], tmp_path / "verify", {}, samples)
     page = Page(write_report(record, tmp_path / "page.html", verified=directory))
     text = " ".join(page.text.split())
-    assert "sampled from the model before training on the left" in text
+    assert "sampled from the model before training and from the one after it" in text
     assert sum(tag == "article" for tag, _ in page.tags) == 16
     assert ("a", {"class": "open", "href": f"#feature-0-{kept.features[0]}"}) in page.tags
     other = Samples(kept.dictionary, "another", kept.features, kept.rollouts)

@@ -286,31 +286,34 @@ def _describe(
     judges = ", ".join(dict.fromkeys(each.judge for each in shown if each.judge))
     unscored = sum(bool(each.text and each.judge) and each.detection is None for each in shown)
     words = _words_of(source, dictionary)
+    scored = any(each.detection or each.fuzzing for each in shown)
     columns: dict[str, Justify] = {
         "feature": "right",
         _LABEL: "left",
-        "detection": "left",
-        "fuzzing": "left",
+        **({"detection": "left", "fuzzing": "left"} if scored else {}),
         "its words": "left",
     }
     rows = [
         [
             str(each.feature),
             each.text or words.get(each.feature) or "–",
-            _cell(each.detection, True),
-            _cell(each.fuzzing),
+            *([_cell(each.detection, True), _cell(each.fuzzing)] if scored else []),
             _cell(each.words_detection),
         ]
         for each in shown
     ]
-    optional = [] if any(each.detection or each.fuzzing for each in shown) else ["fuzzing", "detection"]
     parts: list[Any] = [
         f"{len(known):,} of {dictionary.d_sae:,} features of {dictionary.name} have labels ({by})."
         if known
         else f"No feature of {dictionary.name} has a label: --labels_from says where to get some.",
-        table("Features in front", columns, rows, words=_LABEL, optional=optional) if rows else "",
-        "Scores are balanced accuracy on contexts that the label was not made from: detection, does it fit something in the text; fuzzing, "
-        "does it fit the marked place; its words, does a phrase of the feature's line of words occur in the text. chance: the 95 % interval "
+        table("Features in front", columns, rows, words=_LABEL) if rows else "",
+        "Scores are balanced accuracy on contexts that the label was not made from: "
+        + (
+            "detection, does it fit something in the text; fuzzing, does it fit the marked place; "
+            if scored
+            else ""
+        )
+        + "its words, does a phrase of the feature's line of words occur in the text. chance: the 95 % interval "
         "reaches 0.5."
         + (f" Judge: {judges}." if judges else " Labels were not judged: --judge says by what."),
     ]

@@ -78,7 +78,12 @@ MAP_NAMES = {
 }
 """By the names of `View.over_time`."""
 
-_SAME_AS_LEAD = {"attribution": ("attribution", "margin", "q_value"), "selection": ("selection",)}
+_LEFT_OUT = {
+    "attribution": ("attribution", "margin", "q_value"),
+    "selection": ("selection",),
+    "generation_effect_size": ("lead_q",),
+}
+"""By the score that leads: columns that are its own once more, and the q-value that a drift does not have."""
 
 
 def describe_columns(
@@ -95,7 +100,7 @@ def describe_columns(
     headings = {"lead": f"{lead.heading}{unit}", "attribution": f"attribution{loss_unit}"}
     if sides:
         headings |= {"positive": sides[0], "negative": sides[1]}
-    left_out = _SAME_AS_LEAD.get(lead.name, ()) + (() if sides else ("positive", "negative"))
+    left_out = _LEFT_OUT.get(lead.name, ()) + (() if sides else ("positive", "negative"))
     return [
         {"name": column.name, "heading": headings.get(column.name, column.heading), "form": column.form}
         for column in COLUMNS

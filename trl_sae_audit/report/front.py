@@ -217,7 +217,8 @@ def name_group(view: View, group: Group, about: Mapping[int, str]) -> str:
         if phrase and phrase not in found:
             found.append(phrase)
     text = sanitize(" · ".join(found))
-    return text if len(text) <= _WORDS else f"{text[: _WORDS - 1]}…"
+    whole = text[:_WORDS].rpartition(" ")[0].rstrip(" ·") or text[:_WORDS]
+    return text if len(text) <= _WORDS else f"{whole} …"
 
 
 def judge(

@@ -32,9 +32,17 @@ def link_features(
         if name.endswith(")") and "(" not in name:
             name = name[:-1]
         feature = by_name[name] if name in by_name else int(match[1])
-        parts += [escape(text[last : match.start()]), _link(dictionary, feature, name, brief)]
+        parts += [_held(text[last : match.start()]), _link(dictionary, feature, name, brief)]
         last = match.start() + len(name)
-    return Markup("").join([*parts, escape(text[last:])])
+    return Markup("").join([*parts, _held(text[last:])])
+
+
+_INSIDE = re.compile(r" (?=[±<] ?[\d.])|(?<=[±<]) (?=[\d.])")
+"""Spaces at which no line is broken: `+0.3 ± 0.1`, `q < 0.05`."""
+
+
+def _held(text: str) -> Markup:
+    return escape(_INSIDE.sub("\u00a0", text))
 
 
 def _link(dictionary: int, feature: int, name: str, brief: bool) -> Markup:

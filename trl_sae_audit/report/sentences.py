@@ -265,6 +265,8 @@ def _describe_trends(source: ReportSource, view: View) -> str:
                 f"One optimizer step on this data would change {name_feature(int(row['feature']), row['label'])} most on the "
                 f"held-out examples (mean activation {format_signed(row['predicted_change'])})."
             )
+        if known_leads(frame)[0].name == "effect_size":
+            return "This is predicted, of one optimizer step before any training. What training does was not measured."
         return "This is what the loss asks for, before any training. The effect of training was not measured."
     rising = int(((frame["trend_q_value"] < SIGNIFICANT) & (frame["trend_tau"] > 0)).sum())
     falling = int(((frame["trend_q_value"] < SIGNIFICANT) & (frame["trend_tau"] < 0)).sum())
