@@ -286,7 +286,8 @@ def report(name: str, rows: pd.DataFrame) -> None:
             + ", ".join(f"{part} {value / 60:.1f} min" for part, value in first["seconds"].items())
             + ".",
         ]
-    common.write_report(name, "Prediction on a real instruct model", sections, page=NAME)
+    title = "Prediction on a real instruct model" + ("" if name == NAME else f": {name}")
+    common.write_report(name, title, sections, page=NAME)
 
 
 def score_table(name: str, cells: pd.DataFrame) -> pd.DataFrame:
