@@ -26,7 +26,7 @@ class NoDictionaryError(AuditError):
 
 
 class DirectoryTakenError(AuditError):
-    """Raised when a directory holds the record of another run, or another writer is at work in it."""
+    """Raised when a directory holds the record of another run or another audit, or another writer is at work in it."""
 
 
 class RecordWriteError(AuditError):

@@ -73,3 +73,34 @@ def test_other_commands_say_where_one_is_trained(workspace: Path, capsys: pytest
     asked = ["--model", str(workspace / "model"), "--dataset", str(workspace / "pairs.jsonl")]
     assert main(["doctor", *asked, "--dictionary", "train"]) == 2
     assert "--dictionary train makes an SAE in `audit`" in said(capsys)
+
+
+def test_without_a_directory_another_audit_is_numbered_and_the_same_goes_on(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [
+        *("audit", "--model", str(workspace / "model"), "--dataset", str(workspace / "pairs.jsonl")),
+        *("--dictionary", str(workspace / "sae"), "--no_lookahead", "--max_rows"),
+    ]
+    for rows, name, why in (
+        ("6", "", ""),
+        ("8", "-2", "of another dataset"),
+        ("8", "-2", "of another dataset"),
+        ("6", "", ""),
+    ):
+        assert main([*command, rows]) == 0
+        shown = capsys.readouterr()
+        assert f"{tmp_path}/runs/audit-model-pairs{name}; next:" in shown.out
+        assert why in shown.err
+        assert (f"goes to runs/audit-model-pairs{name}." in " ".join(shown.err.split())) == bool(why)
+        assert len(Audit.load(f"runs/audit-model-pairs{name}")) == int(rows)
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "audit-model-pairs",
+        "audit-model-pairs-2",
+    ]
+    assert main([*command, "8", "--loss_type", "ipo"]) == 0
+    assert "holds an audit made with another loss." in " ".join(capsys.readouterr().err.split())
+    assert Audit.load("runs/audit-model-pairs-3").manifest["loss"]["loss_type"] == ["ipo"]
+    assert main([*command, "8", "--output_dir", "runs/audit-model-pairs"]) == 2
+    assert "choose another output_dir" in " ".join(capsys.readouterr().err.split())

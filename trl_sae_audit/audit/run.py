@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.opener import DatasetLike, Row, only_split
 from ..data.preferences import PairCheck
-from ..errors import AuditError
+from ..errors import AuditError, DirectoryTakenError
 from ..io.manifest import MANIFEST
 from ..saes.compatibility import check_dictionary, check_whole, model_name
 from ..saes.dictionary import FeatureDictionary
@@ -368,8 +368,8 @@ def _check_digests(store: AuditStore, stored: np.ndarray, rows: Sequence[Row]) -
         raise _other_data(store, rows[0].index + first)
 
 
-def _other_data(store: AuditStore, row: int) -> AuditError:
-    return AuditError(
+def _other_data(store: AuditStore, row: int) -> DirectoryTakenError:
+    return DirectoryTakenError(
         f"The audit in {store.directory} is of another dataset: it differs from row {row} on; choose another output_dir, "
         "or delete it."
     )

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import AuditError
+from ..errors import AuditError, DirectoryTakenError
 from ..io.atomic import sync_directory, temporary, write_durably
 from ..io.manifest import (
     MANIFEST,
@@ -99,7 +99,7 @@ class AuditStore:
         store = cls.open(directory)
         for name, value in header.items():
             if store.manifest.get(name) != plain(value):
-                raise AuditError(
+                raise DirectoryTakenError(
                     f"{directory} holds an audit made with another {name.replace('_', ' ')}; choose another output_dir "
                     "to keep both, or delete it."
                 )

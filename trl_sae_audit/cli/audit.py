@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AuditError
+from ..errors import AuditError, DirectoryTakenError
 from .audit_dictionary import AUTO, TRAIN, dictionary_of
 from .audit_table import show
 from .options import DictionaryArguments, ModelArguments, OutputArguments, PreferenceArguments, options_of
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from ..audit.lookahead.config import LookaheadConfig
     from ..audit.result import Audit
     from ..saes.dictionary import FeatureDictionary
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Which features would this preference data, or this reward, teach? Before any training: what an optimizer step on the data does "
@@ -43,7 +49,7 @@ class AuditArguments:
     """The audit."""
 
     output_dir: str | None = option(
-        "Where the audit is written; `flag` and `filter` read it. Default runs/audit-MODEL-DATASET.",
+        "Where the audit is written; `flag` and `filter` read it. Default runs/audit-MODEL-DATASET, numbered where that has another audit.",
         None,
         main=True,
     )
@@ -264,8 +270,8 @@ def make_audit(
     else:
         dictionary, model, tokenizer = dictionary_arguments.load_with(model_arguments)
     source = data.source()
+    make = partial(_in_free_directory, output_dir, is_given=arguments.output_dir is not None)
     common: dict[str, Any] = {
-        "output_dir": output_dir,
         "batch_size": arguments.batch_size,
         "part_size": arguments.part_size,
         "activations": arguments.activations,
@@ -289,8 +295,13 @@ def make_audit(
         report_to="none",
     )
     if arguments.objective == "reward_model":
-        audit = audit_reward_model(
-            model, tokenizer, source, dictionary, max_length=arguments.max_length, **common
+        audit = make(
+            partial(
+                audit_reward_model,
+                *(model, tokenizer, source, dictionary),
+                max_length=arguments.max_length,
+                **common,
+            )
         )
         return MadeAudit(audit, model, tokenizer, dictionary)
     config: DPOConfig | GRPOConfig = dpo
@@ -300,15 +311,14 @@ def make_audit(
             reward.num_generations, reward.max_completion_length, reward.temperature, arguments.seed
         )
         common |= {"reward": load_rewards(reward, model_arguments), "sampling": sampling}
-    audit = audit_preferences(
-        model,
-        tokenizer,
-        source,
-        dictionary,
-        arguments.objective,
-        args=config,
-        lookahead=_lookahead(ahead, arguments.seed),
-        **common,
+    audit = make(
+        partial(
+            audit_preferences,
+            *(model, tokenizer, source, dictionary, arguments.objective),
+            args=config,
+            lookahead=_lookahead(ahead, arguments.seed),
+            **common,
+        )
     )
     return MadeAudit(audit, model, tokenizer, dictionary)
 
@@ -320,6 +330,27 @@ def default_directory(model: str, dataset: str) -> str:
     )
     names = (re.sub(r"[^\w.-]+", "-", name) for name in names)
     return str(Path("runs", "-".join(["audit", *names])))
+
+
+def _in_free_directory(directory: str, make: Callable[..., Audit], *, is_given: bool) -> Audit:
+    """Make an audit in the directory; in a numbered one where it was not asked for and has an audit of other data or options.
+
+    Raises:
+        DirectoryTakenError: it has, and was asked for, or several processes work on the audit.
+    """
+    from accelerate import PartialState
+
+    asked = directory
+    for number in itertools.count(2):
+        try:
+            return make(output_dir=directory)
+        except DirectoryTakenError as error:
+            if is_given or PartialState().num_processes > 1:
+                raise
+            directory = f"{asked}-{number}"
+            taken = str(error).partition(";")[0]
+            logger.warning("%s. Without --output_dir this audit goes to %s.", taken, directory)
+    raise AssertionError("The numbers never end.")
 
 
 def _lookahead(ahead: LookaheadArguments, seed: int) -> LookaheadConfig | None:
