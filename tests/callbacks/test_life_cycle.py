@@ -24,6 +24,7 @@ from trl_sae_audit import (
     GuardCallback,
     RunRecord,
 )
+from trl_sae_audit.cli.trained_model import check_trained
 
 pytestmark = pytest.mark.newest
 
@@ -100,6 +101,21 @@ def test_a_numbered_run_is_resumed_where_it_was(tmp_path: Path) -> None:
     expected = RunRecord.load(tmp_path / "whole-record").features().sort_values("feature")
     found = record.features().sort_values("feature")
     assert found["attribution"].tolist() == expected["attribution"].tolist()
+
+
+def test_a_run_that_goes_on_after_its_end_is_known_by_its_last_weights(tmp_path: Path) -> None:
+    def run(steps: int, resume: str | None = None) -> Any:
+        trainer = dpo(tmp_path, save_strategy="steps", save_steps=2, max_steps=steps)
+        trainer.add_callback(callback(tmp_path / "record"))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    earlier = run(2)
+    last = run(4, resume=str(tmp_path / "out" / "checkpoint-2"))
+    record = RunRecord.load(tmp_path / "record")
+    check_trained(record, last, "out", "--after")
+    with pytest.raises(AuditError, match="is not the one that the run in"):
+        check_trained(record, earlier, "out", "--after")
 
 
 def test_the_process_may_change_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ WEIGHTS = "trained_weights"
 _NUMBERS = {
     CONTEXTS: ("step", "feature", "activation"),
     WORDS: ("step", "feature"),
-    WEIGHTS: ("place", "value"),
+    WEIGHTS: ("step", "place", "value"),
     "generation_drift": ("step", "feature", "drift", "low", "high"),
     "generation_features": ("feature", "spread"),
 }
