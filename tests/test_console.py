@@ -166,8 +166,10 @@ def test_silence_ends_with_the_command(capsys: pytest.CaptureFixture[str]) -> No
     before = (list(ours.handlers), ours.propagate, list(warnings.filters))
     with terminal.silence_libraries():
         warnings.warn("of a library", FutureWarning, stacklevel=1)
+        assert not logging.getLogger("trl.trainer.dpo_trainer").isEnabledFor(logging.WARNING)
         ours.getChild("audit").warning("of ours")
     assert capsys.readouterr().err == "trl-sae-audit: warning: of ours\n"
+    assert logging.getLogger("trl").level == logging.NOTSET
     assert (list(ours.handlers), ours.propagate, list(warnings.filters)) == before
 
 

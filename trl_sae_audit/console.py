@@ -285,6 +285,8 @@ def silence_libraries() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_SanitizingFormatter("trl-sae-audit: warning: %(message)s"))
     propagates = ours.propagate
+    trl = logging.getLogger("trl")  # has no setting of its own
+    level = trl.level
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -292,10 +294,13 @@ def silence_libraries() -> Iterator[None]:
         os.environ.update(made)
         ours.addHandler(handler)
         ours.propagate = False
+        if level == logging.NOTSET:
+            trl.setLevel(logging.ERROR)
         try:
             yield
         finally:
             ours.propagate = propagates
             ours.removeHandler(handler)
+            trl.setLevel(level)
             for name in made:
                 del os.environ[name]
