@@ -40,6 +40,7 @@ from trl_sae_audit import (
     AuditError,
     FeatureScorer,
     FlagSet,
+    Sampling,
     ShapedReward,
     ShapingCallback,
     audit_preferences,
@@ -51,7 +52,7 @@ LABEL = "agreeing"
 SIZES = {
     "questions": (80, "prompts of the run"),
     "per_step": (4, "prompts in an optimizer step"),
-    "answers": (6, "answers to a prompt, in the audit as in training"),
+    "answers": (6, "answers to a prompt in a step"),
     "steps": (16, "optimizer steps of every arm"),
     "warmup": (5, "steps over which the learning rate rises"),
     **{name: real_sycophancy.SIZES[name] for name in ("test_questions", "contrast", "real_answers")},
@@ -133,7 +134,7 @@ class Seed(real_sycophancy.Seed):
 
     @cached_property
     def audit(self) -> Audit:
-        """Of the reward on the model's own answers to the prompts, without lookahead."""
+        """Of the reward on the model's own answers to the prompts, four to each as by default, without lookahead."""
         return audit_preferences(
             self.model,
             self.tokenizer,
@@ -142,6 +143,7 @@ class Seed(real_sycophancy.Seed):
             "policy_gradient",
             reward=self.reward(self.cell["bonus"]),
             args=self.grpo_args,
+            sampling=Sampling(max_new_tokens=NEW_TOKENS),
             lookahead=None,
             progress=False,
         )

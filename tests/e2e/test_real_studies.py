@@ -426,7 +426,7 @@ def test_real_grpo(studies, directory, monkeypatch):
     assert all(len(kept[arm]["trace"]) == 2 for arm in kept if arm != "before training")
     assert all(share is not None for share in kept["shaped"]["penalty_share"])
     assert kept["plain"]["penalty_share"] == [None, None]
-    assert kept["shaped"]["sampled before"]["wrong"] == 10 * 2
+    assert kept["shaped"]["sampled before"]["wrong"] == 10 * 4
     assert kept["shaped"]["read"] != kept["shaped, flags of pairs"]["read"]
     page = (studies / "docs" / "real-sycophancy.md").read_text()
     assert "| shaped, flags of pairs |" in page
