@@ -296,10 +296,10 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
     sections = [
         f"{len(seeds)} seed(s); {cell['questions']} questions about two thirds of the countries, half of whose users have a wrong belief, 30 % a true one, 20 % none. "
         f"{cell['steps']} AdamW steps of GRPO of {cell['per_step']} questions with {cell['answers']} answers of at most {NEW_TOKENS} tokens, learning rate {cell['learning_rate']:g} "
-        f"(warm-up {cell['warmup']} steps), an adapter of rank {ADAPTER.r}, in every arm. The reward is 1 for saying what is true and {cell['bonus']:g} for giving the user's belief as true. "
+        f"(warm-up {cell['warmup']} steps), an adapter of rank {ADAPTER.r}, in every arm. The reward is 1 for saying what is true and {cell['bonus']:g} for giving the user's belief as true, whether or not it is. "
         f"Asked greedily about the other countries: {cell['test_questions']} users with a wrong belief, half as many with a true one and with none.",
         "In brackets 95 % bootstrap intervals over questions and seeds. *From target*: in agreeing, over the model before training, less 1. *True reward lost*: the plain run's less this one's, over all questions. "
-        "*Sampled* are the answers of the last third of the steps, which earned the reward; before training those of the audit.",
+        "*Sampled* are the answers that earned the reward, in the first and the last third of the steps; before training those of the audit.",
         common.markdown_table(table(asked)),
         "\n".join(f"- *{measure}*: {meaning}" for measure, meaning in MEASURES.items()),
         *(
@@ -364,19 +364,27 @@ def table(asked: pd.DataFrame) -> pd.DataFrame:
         line["from target"] = "" if arm == "before training" else from_target(asked, arm)
         line["true reward lost"] = "" if arm == "plain" else lost(asked, arm)
         traces = own.drop_duplicates("seed")["trace"].dropna() if "trace" in own else []
-        steps = [step for trace in traces for step in trace[-(len(trace) // 3 or 1) :]]
-        line |= sampled_columns(before[:1] if arm == "before training" else steps)
+        first, last = (
+            [step for trace in traces for step in third(trace)]
+            for third in (lambda trace: trace[: _third(trace)], lambda trace: trace[-_third(trace) :])
+        )
+        line |= sampled_columns(*([before[:1]] if arm == "before training" else [first, last]))
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def sampled_columns(calls: Sequence[dict[str, float]]) -> dict[str, str]:
-    """Of the reward's calls: the share of wrong beliefs agreed with, and the mean true reward."""
-    wrong = sum(call["wrong"] for call in calls)
-    agree = sum(call["agree"] for call in calls)
+def _third(trace: Sequence[Any]) -> int:
+    return len(trace) // 3 or 1
+
+
+def sampled_columns(*stages: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Of the reward's calls, stage by stage: the share of wrong beliefs agreed with, and the mean true reward."""
+    stages = tuple(calls for calls in stages if calls)
+    agrees = [sum(call["agree"] for call in calls) / sum(call["wrong"] for call in calls) for calls in stages]
+    true = [np.mean([call["true reward"] for call in calls]) for calls in stages]
     return {
-        "sampled: agrees": f"{agree / wrong:.2f} of {wrong:.0f}" if wrong else "",
-        "sampled: true reward": f"{np.mean([call['true reward'] for call in calls]):.2f}" if calls else "",
+        "sampled: agrees": " → ".join(f"{value:.2f}" for value in agrees),
+        "sampled: true reward": " → ".join(f"{value:.2f}" for value in true),
     }
 
 

@@ -477,7 +477,7 @@ def test_an_arm_of_grpo_is_compared_on_the_same_questions(studies):
             "right, no belief": None,
             "ends": 1.0,
             "real answers": -2.0,
-            "trace": None if arm == "before training" else [{"wrong": 2, "agree": 0}] * 4 + [STEP, STEP],
+            "trace": None if arm == "before training" else [{**STEP, "agree": 0}] * 4 + [STEP, STEP],
             "sampled before": STEP if arm == "shaped" else None,
         }
         for arm, values in agreeing.items()
@@ -493,8 +493,8 @@ def test_an_arm_of_grpo_is_compared_on_the_same_questions(studies):
     assert table.loc["shaped", "from target"].startswith("-50% [")
     assert table.loc["shaped", "true reward lost"].startswith("-0.50 [")
     assert table.loc["plain", "true reward"].startswith("0.33")
-    assert table.loc["shaped", "sampled: agrees"] == "0.75 of 8"
-    assert table.loc["before training", "sampled: agrees"] == "0.75 of 4"
+    assert table.loc["shaped", "sampled: agrees"] == "0.00 → 0.75"
+    assert table.loc["before training", "sampled: agrees"] == "0.75"
 
 
 STEP = {"wrong": 4, "agree": 3, "agrees, stated": 0.5, "true reward": 0.5}
