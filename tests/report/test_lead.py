@@ -17,7 +17,7 @@ from trl_sae_audit.report import page as pages
 from trl_sae_audit.report import write_report
 from trl_sae_audit.report.comparison import compare_features
 from trl_sae_audit.report.lead import LEADS, common_lead, known_leads, read_lead
-from trl_sae_audit.report.sentences import describe_risen
+from trl_sae_audit.report.sentences import _describe_trends, describe_risen
 from trl_sae_audit.report.sources import open_source
 from trl_sae_audit.report.text import describe_ceiling
 
@@ -49,6 +49,16 @@ def test_effects_that_say_nothing_come_after_selection():
     assert [lead.name for lead in known_leads(mute)] == ["selection", "effect_size", "attribution"]
     drifted = DRIFTED.assign(effect_size_low=[-0.1, np.nan])
     assert known_leads(drifted)[0].name == "generation_effect_size"
+
+
+def test_an_audit_says_whether_it_predicts_or_reads_the_loss(sources):
+    for table, begin in (
+        (PREDICTED, "This is predicted, of one"),
+        (SELECTION, "This is what the loss asks for"),
+    ):
+        view = replace(sources[0].views[0], features=table)
+        audit = replace(sources[0], kind="audit", views=[view])
+        assert _describe_trends(audit, view).startswith(begin)
 
 
 def test_every_score_has_the_95_percent_interval_and_says_what_is_beyond_chance():
