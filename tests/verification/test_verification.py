@@ -345,6 +345,20 @@ class TestCommand:
         )
         assert set(json.loads(capsys.readouterr().out)["targets"]) == {"on given text"}
 
+    def test_the_same_answers_are_said_to_be(self, compared, tokenizer, models, capsys):
+        after = copy.deepcopy(models[0])
+        with torch.no_grad():
+            after.model.layers[0].mlp.down_proj.weight *= 1.00001
+        save_model(after, tokenizer, compared / "hardly-trained")
+        options = ["--sae", str(compared / "sae"), "--after", str(compared / "hardly-trained")]
+        assert main(self.command(compared, *options)) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "on given text: " in shown
+        assert "both models wrote the same answers to all prompts" in shown
+        assert main(self.command(compared, *options, "--json", "true")) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (set(document["targets"]), document["same_answers"]) == ({"on given text"}, True)
+
     def test_an_answer_before_and_after_with_words(self, compared, tokenizer, models, capsys):
         after = copy.deepcopy(models[0])
         with torch.no_grad():

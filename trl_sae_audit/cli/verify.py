@@ -104,7 +104,7 @@ def run(
             **common,
         )
     ]
-    samples = None
+    samples, unchanged = None, False
     if arguments.samples:
         sampling = Sampling(
             arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed + SEED_OFFSET
@@ -112,6 +112,8 @@ def run(
         written = [
             sample_answers(each, tokenizer, rows, sampling=sampling, **common) for each in (before, after)
         ]
+        unchanged = written[0] == written[1]
+    if arguments.samples and not unchanged:
         read = [
             read_answers(before, tokenizer, dictionary, each, attention_sinks=sinks, **common)
             for each in written
@@ -144,12 +146,14 @@ def run(
         **about,
         "targets": {each.kind: each.to_dict() for each in verifications},
         "samples": sample_rows(samples),
+        "same_answers": unchanged,
     }
     of_the_run = not isinstance(source, Audit) and data.dataset == origins(arguments.source).get("dataset")
     output.show(
         document,
         *(part for each in verifications for part in (table_of(each), changes_of(each, words))),
         *examples_of(samples, words, 1),
+        *([UNCHANGED] if unchanged else []),
         EXPLANATION,
         *([TRAINED_ON] if of_the_run else []),
     )
@@ -204,6 +208,10 @@ def check_dictionary_of(source: Audit | RunRecord, identity: str, name: str) -> 
 
 
 TRAINED_ON = f"These are pairs that the run trained on (the first {ROWS_OF_A_RUN}, unless --max_rows says otherwise): pass --dataset for held-out ones."
+UNCHANGED = (
+    "In generations nothing has changed yet: both models wrote the same answers to all prompts. Train for longer, or look at more "
+    "with --samples, --max_new_tokens and --max_rows."
+)
 EXPLANATION = (
     "R²: how much of the features' change a line through the score explains (a wrong sign explains nothing). "
     "Top: how many of the features with the largest scores are among those with the largest change, same sign. "
