@@ -386,6 +386,23 @@ def test_loads_exactly(name: str, tmp_path: Path) -> None:
         assert dictionary.model_name == case.model
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_torchs_default_type_changes_nothing(name: str, tmp_path: Path) -> None:
+    place, _ = write(CASES[name], tmp_path)
+    expected = load_dictionary(place)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = load_dictionary(place)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    hidden = hidden_states(40)
+    assert torch.equal(found.encode(hidden), expected.encode(hidden))
+    assert torch.equal(found.directions, expected.directions)
+    given, kept = (each.encoder.sae.state_dict() for each in (expected, found))
+    for name, value in given.items():
+        torch.testing.assert_close(kept[name], value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("place", "beside"),
     [

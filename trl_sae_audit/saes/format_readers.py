@@ -99,7 +99,9 @@ def read_llama_scope(files: SaeFiles) -> Parts:
     _check_one_place(files, config["hook_point_in"], config["hook_point_out"])
     scale = _scale(files, config["dataset_average_activation_norm"]["in"])
     state = _linear(files.weights)
-    threshold = torch.full((state["W_dec"].shape[0],), float(config["jump_relu_threshold"]) * scale)
+    threshold = torch.full(
+        (state["W_dec"].shape[0],), float(config["jump_relu_threshold"]) * scale, dtype=torch.float32
+    )
     if config.get("sparsity_include_decoder_norm"):
         threshold = threshold / state["W_dec"].float().norm(dim=1)
     state = {
@@ -190,7 +192,7 @@ def read_sparsify(files: SaeFiles) -> Parts:
     }
     model = _beside(files, "model")
     if transcodes:
-        skip = files.weights.get("W_skip", torch.zeros(2 * state["W_dec"].shape[1:]))
+        skip = files.weights.get("W_skip", torch.zeros(2 * state["W_dec"].shape[1:], dtype=torch.float32))
         place = files.find(r"/((?:layers|h)\.\d+\.mlp)$")
         places = {"hf_hook_name": place and f"{place}.input", "hf_hook_name_out": place and f"{place}.output"}
         metadata = {"model_name": model, **places}
