@@ -391,7 +391,7 @@ def table(asked: pd.DataFrame) -> pd.DataFrame:
             )
         line["from target"] = "" if arm == "before training" else from_target(asked, arm)
         line["true reward lost"] = "" if arm == "plain" else lost(asked, arm)
-        traces = own.drop_duplicates("seed")["trace"].dropna() if "trace" in own else []
+        traces: list[Any] = own.drop_duplicates("seed")["trace"].dropna().tolist() if "trace" in own else []
         first, last = (
             [step for trace in traces for step in third(trace)]
             for third in (lambda trace: trace[: _third(trace)], lambda trace: trace[-_third(trace) :])
