@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from trl_sae_audit import Audit, FlagSet, RunRecord
 from trl_sae_audit.cli import main as cli
+from trl_sae_audit.cli.origins import origins
+from trl_sae_audit.cli.trained_model import check_trained
 from trl_sae_audit.lab import DictionaryConfig, ModelConfig, RewardConfig, WorldConfig, build_world
 from trl_sae_audit.lab.demo import loop
 from trl_sae_audit.outcomes import read_outcomes
@@ -57,7 +60,10 @@ def test_demo_goes_round_the_loop_and_ends_with_the_report(
         measured = {(outcome.measure, outcome.stage) for outcome in read_outcomes(directory / run)}
         assert {("agrees", "before"), ("agrees", "after"), ("right", "after")} <= measured
         assert f"{run} " in "\n".join(lines)
-        assert (directory / run / "model" / "model.safetensors").is_file()
+        place = origins(str(directory / run))["after"]
+        assert place == str(directory / "models" / run)
+        check_trained(record, AutoModelForCausalLM.from_pretrained(place), place, "--after")
+    assert not (directory / "dpo-plain-2").exists()
     said = "\n".join(lines)
     for part in ("What goes wrong", "The audit saw it coming", "Risen most: dpo-shaped", "Verdict"):
         assert part in said

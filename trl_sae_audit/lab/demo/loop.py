@@ -136,7 +136,7 @@ class Loop:
             self.world.tokenizer,
             self.preferences,
             self.dictionary,
-            args=self._arguments("audit"),
+            args=self._arguments("dpo-plain"),
             output_dir=self.directory / "audit",
             batch_size=64,
             progress=False,
@@ -215,7 +215,7 @@ class Loop:
         model = train_dpo(
             self.world,
             pairs,
-            self._arguments(name),
+            self._arguments(f"dpo-{name}"),
             callbacks=self._callbacks(f"dpo-{name}", self.steps),
             shape=self._shape if name == "shaped" else None,
         )
@@ -230,7 +230,7 @@ class Loop:
         run = f"{algorithm.lower()}-{name}"
         model = train_on_policy(
             self.world,
-            self.directory / "trainer" / run,
+            self._model_directory(run),
             steps=self.rl_steps,
             seed=self.seed,
             callbacks=self._callbacks(run, self.rl_steps),
@@ -303,15 +303,17 @@ class Loop:
             [attribution] if quiet else [attribution, Progress(self.narrator, run, self.progress_flag.label)]
         )
 
-    def _arguments(self, name: str) -> Any:
+    def _arguments(self, run: str) -> Any:
         logging_steps = max(1, self.steps // 4)
-        return dpo_arguments(
-            self.directory / "trainer" / name, self.steps, self.seed, logging_steps=logging_steps
-        )
+        return dpo_arguments(self._model_directory(run), self.steps, self.seed, logging_steps=logging_steps)
+
+    def _model_directory(self, run: str) -> Path:
+        """The trainer's output directory, where `verify` looks for the trained model."""
+        return self.directory / "models" / run
 
     def _finish(self, run: str, model: Any) -> list[Outcome]:
-        model.save_pretrained(self.directory / run / "model")
-        self.world.tokenizer.save_pretrained(self.directory / run / "model")
+        model.save_pretrained(self._model_directory(run))
+        self.world.tokenizer.save_pretrained(self._model_directory(run))
         self._answers[run] = self.world.behaviour(model, n=self.answers, beliefs=USERS)
         self._features[run] = self._features_in_answers(model)
         after = self._measure(self._answers[run], "after")

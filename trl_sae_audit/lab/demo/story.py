@@ -200,7 +200,7 @@ def _tell_verdict(loop: Loop, narrator: Narrator) -> dict[str, object]:
             f"{removed['filtered']:.0%} of that, shaping {removed['shaped']:.0%}."
         )
         document["removed"] = removed
-    narrator.say(f"The trained models are kept: {loop.directory}/dpo-plain/model and so on.")
+    narrator.say(f"The trained models are kept: {loop.directory}/models/dpo-plain and so on.")
     return document
 
 
