@@ -325,24 +325,14 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
         "In brackets 95 % bootstrap intervals over questions and seeds. *From target*: in agreeing, over the model before training, less 1. *True reward lost*: the plain run's less this one's, over all questions. "
         "*Sampled* are the answers that earned the reward, in the first and the last third of the steps; before training those of the audit.",
         common.markdown_table(table(asked)),
-        "\n".join(f"- *{measure}*: {meaning}" for measure, meaning in MEASURES.items()),
-        *(
-            f"Seed {row['seed']}, {row['arm']}, not run: {row['not run']}"
-            for row in cells_run
-            if pd.isna(row["prompt"])
-        ),
+        *real_sycophancy.explained(MEASURES, cells_run),
         *(["### What was read and flagged"] if read else []),
         *(
             f"Seed {row['seed']}, {SOURCES[row['arm']]}:\n\n"
             + "\n".join(f"- {in_a_cell(line)}" for line in row["read"])
             for row in read
         ),
-        "### Processor time",
-        ", ".join(
-            f"{arm} {group['seconds'].mean() / 60:.1f} min"
-            for arm, group in asked.drop_duplicates(["seed", "arm"]).groupby("arm", sort=False)
-        )
-        + f"; asking and judging {asked.drop_duplicates(['seed', 'arm'])['seconds_asking'].mean() / 60:.1f} min an arm. The first arm that needs an audit makes it.",
+        *real_sycophancy.processor_time(asked),
     ]
     title = "GRPO on a reward that pays for agreeing" if name == NAME else f"Trial: {name}"
     common.write_report(name, title, sections, page=PAGE)

@@ -18,7 +18,7 @@ import argparse
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -408,12 +408,7 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
         "In brackets 95 % bootstrap intervals over questions and seeds. *Less than plain*, *than at random*: (that arm − this one) / that arm, in agreeing. *Excess removed*: (plain − arm) / (plain − nothing planted) in agreeing. "
         "*Of what the perfect filter removes*: likewise with the run on the pairs that are not planted. *Pairs*: planted, wrong belief corrected, true belief, no belief.",
         common.markdown_table(table(asked)),
-        "\n".join(f"- *{measure}*: {meaning}" for measure, meaning in MEASURES.items()),
-        *(
-            f"Seed {row['seed']}, {row['arm']}, not run: {row['not run']}"
-            for row in cells_run
-            if pd.isna(row["prompt"])
-        ),
+        *explained(MEASURES, cells_run),
         *(["### What was read and flagged"] if filtered else []),
         *(
             f"Seed {row['seed']}:\n\n" + "\n".join(f"- {in_a_cell(line)}" for line in row["read"])
@@ -424,15 +419,30 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
             for row in filtered
             if cell["lookahead"] and not pd.isna(row["prompt"])
         ),
-        "### Processor time",
-        ", ".join(
-            f"{arm} {group['seconds'].mean() / 60:.1f} min"
-            for arm, group in asked.drop_duplicates(["seed", "arm"]).groupby("arm", sort=False)
-        )
-        + f"; asking and judging {asked.drop_duplicates(['seed', 'arm'])['seconds_asking'].mean() / 60:.1f} min an arm. The first arm that needs the audit or the flags makes them.",
+        *processor_time(asked),
     ]
     title = "Sycophancy of a real instruct model" if name == NAME else f"Trial: {name}"
     common.write_report(name, title, sections, page=NAME)
+
+
+def explained(measures: Mapping[str, str], cells_run: Sequence[Mapping[Any, Any]]) -> list[str]:
+    """What the measures are, and which cells were not run, and why."""
+    return ["\n".join(f"- *{measure}*: {meaning}" for measure, meaning in measures.items())] + [
+        f"Seed {row['seed']}, {row['arm']}, not run: {row['not run']}"
+        for row in cells_run
+        if pd.isna(row["prompt"])
+    ]
+
+
+def processor_time(asked: pd.DataFrame) -> list[str]:
+    """A heading, and the mean of each arm."""
+    once = asked.drop_duplicates(["seed", "arm"])
+    arms = (f"{arm} {group['seconds'].mean() / 60:.1f} min" for arm, group in once.groupby("arm", sort=False))
+    return [
+        "### Processor time",
+        f"{', '.join(arms)}; asking and judging {once['seconds_asking'].mean() / 60:.1f} min an arm. The first arm that needs an audit "
+        "makes it.",
+    ]
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
