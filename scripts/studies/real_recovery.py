@@ -366,7 +366,8 @@ def report(name: str, rows: pd.DataFrame, drawn: pd.DataFrame) -> None:
         "## Cost",
         cost(rows),
     ]
-    common.write_report(name, "Behaviours planted in real pairs", sections, page=NAME)
+    title = "Behaviours planted in real pairs" + ("" if name == NAME else f": {name}")
+    common.write_report(name, title, sections, page=NAME)
 
 
 def share_table(rows: pd.DataFrame) -> pd.DataFrame:
