@@ -53,8 +53,6 @@ def check_trained(record: RunRecord, model: nn.Module, place: str, option: str) 
     if WEIGHTS not in record.tables:
         return
     table = record.table(WEIGHTS)
-    # a run that went on after its end has the weights of both ends
-    table = table[table["step"] == table["step"].max()]
     with reading(record.directory / WEIGHTS):
         name = differing_parameter(
             model, {column: table[column].tolist() for column in ("parameter", "place", "value")}

@@ -10,6 +10,8 @@ from .contexts import CONTEXTS, WORDS
 
 WEIGHTS = "trained_weights"
 """The table of some weights that a run ended with, see `models.weight_sample`."""
+OF_THE_END = (WORDS, WEIGHTS)
+"""Tables that are written when a run ends; a run that goes on has none of an earlier end."""
 _NUMBERS = {
     CONTEXTS: ("step", "feature", "activation"),
     WORDS: ("step", "feature"),

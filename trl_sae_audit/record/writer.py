@@ -15,6 +15,7 @@ from ..errors import AuditError, DirectoryTakenError, RecordWriteError
 from ..io import atomic
 from ..io.manifest import MANIFEST, StoredFile, check_free, package_versions, plain, write_manifest
 from . import files
+from .columns import OF_THE_END
 from .directory import lock_directory, prepare_directory
 from .lock import DirectoryLock
 from .manifest import (
@@ -96,7 +97,7 @@ class RecordWriter:
         step: int,
         totals: Mapping[str, FeatureTotals] | None = None,
     ) -> "RecordWriter":
-        """Continue the record of a run from a checkpoint at `step`; rows of later steps are dropped.
+        """Continue the record of a run from a checkpoint at `step`; rows of later steps are dropped, and what an end of the run wrote.
 
         Args:
             directory: the record.
@@ -124,7 +125,7 @@ class RecordWriter:
             parts: dict[str, Sequence[Part]] = {
                 name: writer._trim(name, stored, step)
                 for name, stored in writer._files.items()
-                if name != TOTALS
+                if name not in (TOTALS, *OF_THE_END)
             }
             kept = writer._files.get(TOTALS, []) if step else []
             parts[TOTALS] = kept if totals is None else _order_totals(totals, manifest)
