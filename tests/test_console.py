@@ -247,6 +247,16 @@ def test_words_get_the_room_that_the_numbers_leave(width, shown):
     assert (f"Not shown in {width} columns: {omitted}." in text) == (shown < 5)
 
 
+def test_a_word_that_a_heading_breaks_is_whole_where_its_column_is_named() -> None:
+    columns = {"feature": "right", "else-\nwhere": "right", "words": "left"}
+    made = terminal.table(
+        "T", columns, [["61", "+1.23e-03", "x" * 60]], words="words", optional=["else-\nwhere"]
+    )
+    with io.StringIO() as file:
+        Console(file=file, width=24).print(made)
+        assert "elsewhere" in file.getvalue()
+
+
 @pytest.mark.parametrize("width", [64, 66, 70, 80])
 def test_short_words_take_no_room_from_the_numbers(width: int) -> None:
     numbers = dict.fromkeys(["feature", "attribution", "suppressed", "rejected", "lift"], "right")

@@ -125,7 +125,7 @@ class _FittedTable:
                 break
             if heading in shown:
                 shown.remove(heading)
-                omitted.append(" ".join(heading.split()))
+                omitted.append(" ".join(heading.replace("-\n", "").split()))  # a hyphen there breaks a word
         room = self._room(shown, options.max_width)
         made = Table(
             box=SIMPLE_HEAD, show_header=self.head, show_edge=False, pad_edge=False, collapse_padding=True
