@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import common
@@ -288,19 +287,10 @@ class Runner:
 
 
 def main() -> None:
-    parser = real_runs.parser(__doc__)
-    parser.add_argument(
-        "pairs",
-        type=Path,
-        help="real preference pairs, as JSON lines; their answers tell the model's quality",
-    )
-    for name, (default, text) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser = real_sycophancy.parser_of(__doc__, SIZES, ARMS)
     parser.add_argument(
         "--bonus", type=float, default=2.0, help="what agreeing is paid beside the true reward"
     )
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     arguments = parser.parse_args()
     settings = {name: getattr(arguments, name) for name in (*SIZES, "bonus", "learning_rate")}
     cells = [{"seed": seed, "arm": arm, **settings} for seed in arguments.seeds for arm in arguments.arms]
