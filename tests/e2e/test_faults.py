@@ -133,6 +133,16 @@ def test_killed_before_the_first_checkpoint_the_same_run_begins_anew_and_another
     assert not bench.differences(directory)
 
 
+def test_killed_within_the_first_checkpoint_the_run_begins_anew_in_the_same_record(bench: Bench) -> None:
+    directory = bench.root / "within"
+    assert wait(bench.start(directory, DieAt("on_save", 3))) == -signal.SIGKILL
+    (directory / "out" / "checkpoint-3" / "trainer_state.json").unlink()  # which the trainer writes last
+    assert last_checkpoint(directory / "out") is None
+    assert wait(bench.start(directory)) == 0, bench.said(directory)
+    assert not (directory / "record-2").exists()
+    assert not bench.differences(directory)
+
+
 def test_sigterm_with_a_last_checkpoint(bench: Bench) -> None:
     """The trainer saves it in the midst of a step, and tells no callback."""
     directory = bench.root / "jit"

@@ -19,7 +19,7 @@ from ..record.checkpoint import CallbackState
 from ..record.manifest import is_same_run, read_manifest
 from ..record.writer import RecordWriter
 from ..saes.dictionary import FeatureDictionary
-from ..trainers.checkpoints import resumed_checkpoint
+from ..trainers.checkpoints import has_checkpoint, resumed_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class ResumeState:
         """Whether the same run was killed here, and can only be started from its beginning."""
         if self.trainer.state.global_step or not (self.output_dir / MANIFEST).exists():
             return False
-        if any(Path(self.trainer.args.output_dir).glob("checkpoint-*")):
+        if has_checkpoint(Path(self.trainer.args.output_dir)):
             return False
         manifest = read_manifest(self.output_dir)
         return manifest["status"] == "running" and is_same_run(manifest, header)
