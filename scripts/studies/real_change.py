@@ -36,6 +36,7 @@ AUDITED = (
     "mean_activation_difference",
     "attribution",
 )
+TRUSTED = "live: generation_drift at the last trusted look"
 SECOND_RUN = "a second run"
 MEASUREMENT = {
     "held_out": (45, "prompts that the training has not, to measure on"),
@@ -44,6 +45,7 @@ MEASUREMENT = {
     "answers": (6, "sampled to each held-out prompt"),
 }
 """Sizes that the studies share."""
+LOOK_STEPS = 5
 Prompt = dict[str, Any]
 
 
@@ -83,15 +85,15 @@ class Meter:
         self.stop("audit")
         return found
 
-    def callback(self, run: int, steps: int) -> FeatureAttributionCallback:
-        """Observes a training of so many steps; looks at generations when it ends."""
+    def callback(self, run: int) -> FeatureAttributionCallback:
+        """Observes a training; looks at generations every `LOOK_STEPS` steps and when it ends."""
         return FeatureAttributionCallback(
             self.dictionary,
             output_dir=self._record(run),
             overwrite=True,
             generations=Sampling(answers=4, max_new_tokens=self.cell["answer_tokens"], seed=11),
             generation_prompts=self.prompts,
-            generation_steps=steps,
+            generation_steps=LOOK_STEPS,
         )
 
     def answers(self, writer: Any, when: str) -> AnswerActivations:
@@ -129,10 +131,14 @@ class Meter:
         scores = {f"audit: {name}": before[name] for name in AUDITED if name in before} | {
             f"live: {name}": live[name] for name in LIVE
         }
+        looks = record.table("generation_looks")
+        trusted = looks.loc[looks["trusted"], "step"]
+        if len(trusted) and trusted.iloc[-1] < looks["step"].iloc[-1]:
+            scores[TRUSTED] = record.drift().loc[trusted.iloc[-1]].reindex(live.index)
         found = verify(
             {name: np.nan_to_num(values.to_numpy(np.float64)) for name, values in scores.items()}, change
         )
-        look = record.table("generation_looks").iloc[-1]
+        look = looks.iloc[-1]
         shared = {
             "ceiling": found.ceiling,
             "split_half": split_half(change),
@@ -141,6 +147,7 @@ class Meter:
             "sampled": int(look["answers"]),
             "effective": float(look["effective_sample_size"]),
             "covered": float(look["covered_share"]),
+            "trusted": f"{trusted.iloc[-1] if len(trusted) else 'none'} of {look['step']}",
             "seconds": self.seconds,
         }
         return [
@@ -180,7 +187,7 @@ def described(cell: dict[str, Any]) -> str:
     return (
         f"Measured on {cell['answers']} answers of at most {cell['answer_tokens']} tokens to each of {cell['prompts']} other prompts; {cell['features']} features are active in them. "
         f"Ceiling, the R² to expect of a perfect score with so few prompts: {cell['ceiling']:.2f}; reliability by split halves of the prompts: {cell['split_half']:.2f}. "
-        f"The {cell['sampled']} answers of `generation_drift` were worth {cell['effective']:.0f} at the end and covered {cell['covered']:.0%} of what was written then. "
+        f"The {cell['sampled']} answers of `generation_drift` were worth {cell['effective']:.0f} at the end and covered {cell['covered']:.0%} of what was written then; the last step at which a look was to be trusted: {cell['trusted']}. "
         "In brackets 95 % intervals over prompts."
     )
 

@@ -104,7 +104,7 @@ def run_cell(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Ite
         [real_pairs.in_chat_form(pair) for pair in pairs],
         args,
         adapter=ADAPTER if cell["lora"] else None,
-        callbacks=[meter.callback(cell["run"], -(-len(pairs) // cell["per_step"]))],
+        callbacks=[meter.callback(cell["run"])],
     )
     meter.stop("training, observed")
     after = meter.answers(model.eval(), f"after-{cell['run']}")

@@ -117,7 +117,7 @@ def run_cell(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Ite
         reward,
         args,
         ADAPTER,
-        callbacks=[meter.callback(cell["run"], cell["steps"])],
+        callbacks=[meter.callback(cell["run"])],
     )
     meter.stop("training, observed")
     after = meter.answers(model.eval(), f"after-{cell['run']}")

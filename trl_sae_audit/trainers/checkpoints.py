@@ -23,9 +23,7 @@ def has_checkpoint(output_dir: Path) -> bool:
 
     A process that dies while it saves one leaves a directory that the trainer cannot read: its state comes last.
     """
-    return any(
-        _is_whole(path / TRAINER_STATE_NAME) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    )
+    return any(_is_whole(path / TRAINER_STATE_NAME) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def resumed_checkpoint(trainer: Trainer) -> Path:
