@@ -60,7 +60,13 @@ def effect_unit(deviation: np.ndarray) -> np.ndarray:
     known = np.where(deviation > 0, deviation, np.nan)
     if not np.isfinite(known).any():
         return known
-    return np.hypot(known, _FLOOR * np.nanquantile(known, 0.5, method="lower"))
+    return np.hypot(known, least_effect_unit(deviation))
+
+
+def least_effect_unit(deviation: np.ndarray) -> float:
+    """`s` of `effect_unit`: what the change of a feature that occurs in none of the answers is divided by; NaN where no feature varies."""
+    known = deviation[deviation > 0]
+    return _FLOOR * float(np.quantile(known, 0.5, method="lower")) if len(known) else float("nan")
 
 
 def effects_tell(low: np.ndarray, high: np.ndarray) -> bool:

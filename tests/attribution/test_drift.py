@@ -16,6 +16,7 @@ from trl_sae_audit.attribution.drift import (
     covered_share,
     effective_answers,
     estimate_drift,
+    measure_drift,
     weigh_tokens,
 )
 
@@ -249,3 +250,52 @@ def test_covered_share_is_that_of_the_answers_that_were_sampled() -> None:
     expected = (1 - now[()][0]) / (1 - START[0])
     assert covered_share(ratios, layout) == pytest.approx(expected)
     assert expected != pytest.approx(1.0)
+
+
+def answers_with(
+    seed: int, features: list[int], per_prompt: list[int]
+) -> tuple[AnswerActivations, AnswerLayout, np.ndarray, np.ndarray]:
+    """Random answers in which some of five features are active: as they are kept, and the activations and prompts token by token."""
+    generator = np.random.default_rng(seed)
+    prompts = np.repeat(np.arange(len(per_prompt)), per_prompt)
+    layout = AnswerLayout(prompts, generator.integers(1, 6, len(prompts)))
+    rows = np.zeros((layout.n_tokens, FEATURES))
+    rows[:, features] = generator.exponential(1, (layout.n_tokens, len(features))) * (
+        generator.random((layout.n_tokens, len(features))) < 0.5
+    )
+    tokens, which = np.nonzero(rows)
+    kept = AnswerActivations.from_tokens(
+        np.bincount(tokens, minlength=layout.n_tokens), which, rows[tokens, which]
+    )
+    return kept, layout, rows, np.repeat(prompts, layout.lengths)
+
+
+def test_measured_drift_is_the_difference_of_means_of_all_features_that_either_has() -> None:
+    before, before_layout, old, old_prompts = answers_with(0, [0, 1, 3], [2, 3, 1, 2] * 4)
+    now, now_layout, new, new_prompts = answers_with(1, [1, 3, 4], [2, 3, 1, 2] * 4)
+    found = measure_drift((before, before_layout), (now, now_layout), seed=3)
+    assert found.features.tolist() == [0, 1, 3, 4]
+    expected = new.mean(0) - old.mean(0)
+    np.testing.assert_allclose(found.change, expected[found.features], atol=1e-12)
+    generator = np.random.default_rng(5)
+    changes = []
+    for _ in range(4000):
+        taken = generator.integers(0, 16, 16)
+        means = [
+            np.concatenate([rows[prompts == prompt] for prompt in taken]).mean(0)
+            for rows, prompts in ((new, new_prompts), (old, old_prompts))
+        ]
+        changes.append(means[0] - means[1])
+    ends = np.quantile(changes, [0.025, 0.975], axis=0)[:, found.features]
+    width = ends[1] - ends[0]
+    np.testing.assert_allclose((found.low - ends[0]) / width, 0, atol=0.12)
+    np.testing.assert_allclose((found.high - ends[1]) / width, 0, atol=0.12)
+
+
+def test_measured_drift_of_more_features_than_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = answers_with(0, [0, 1, 2, 3], [2, 2]), answers_with(1, [0, 2, 3, 4], [2, 2])
+    whole = measure_drift(one[:2], other[:2])
+    monkeypatch.setattr("trl_sae_audit.attribution.drift._COLUMNS", 2)
+    parts = measure_drift(one[:2], other[:2])
+    for name in ("features", "change", "low", "high"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-12)

@@ -16,11 +16,12 @@ from helpers.trainers import BUILDERS, dpo
 from helpers.worlds import D_SAE, make_dictionary
 from peft import LoraConfig
 from rich.console import Console
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord, Sampling
 from trl_sae_audit.callbacks.summary import print_summary
 from trl_sae_audit.errors import AuditError
+from trl_sae_audit.verification.measured import read_answers, sample_answers
 
 pytestmark = pytest.mark.newest
 
@@ -158,14 +159,82 @@ def test_with_an_adapter(tmp_path: Path) -> None:
     assert (record.drift().abs().max(axis=1) > 0).all()
 
 
-def test_far_from_the_start_a_warning_says_what_to_do_once(
+def far(directory: Path, **more: Any) -> tuple[Trainer, RunRecord]:
+    """A run that ends far from its start."""
+    trainer = dpo(directory, learning_rate=0.05, **{"max_steps": 6, **more})
+    return trainer, run(trainer, directory, generation_steps=1, generation_prompts=PROMPTS)
+
+
+def test_far_from_the_start_a_warning_says_so_once_and_the_answers_are_sampled_again_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        record = run(dpo(tmp_path, learning_rate=0.05, max_steps=6), tmp_path, generation_steps=1)
+        trainer, record = far(tmp_path)
+    assert caplog.text.count("when the answers are sampled again") == 1
     looks = record.table("generation_looks")
-    assert not looks["trusted"].iloc[-1]
-    assert caplog.text.count("Compare checkpoints by sampled_change") == 1
+    assert looks["sampled_again"].tolist() == [False] * 5 + [True]
+    assert looks["trusted"].tolist()[-2:] == [False, True]
+    check_drift_of_today(trainer, record)
+
+
+def check_drift_of_today(trainer: Trainer, record: RunRecord) -> None:
+    """The last drift is what the trained model reads in answers it is asked for, less what it reads in those of the start."""
+    tokenizer, dictionary = trainer.processing_class, make_dictionary()
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    now = read_answers(
+        trainer.model, tokenizer, dictionary, sample_answers(trainer.model, tokenizer, rows, sampling=SHORT)
+    )
+    kept = record.table("generations").groupby(["prompt", "answer"])["token"].apply(list)
+    asked = record.table("generation_prompts").groupby("prompt")["token"].apply(list)
+    start = [(PROMPTS[prompt], asked[prompt], answer) for (prompt, _), answer in kept.items()]
+    before = read_answers(trainer.model, tokenizer, dictionary, start)
+    found = record.drift().loc[6].dropna()
+    assert found.abs().max() > 0.01
+    expected = now.mean() - before.mean()
+    np.testing.assert_allclose(found, expected[found.index], atol=1e-5)
+    assert set(np.flatnonzero(now.active | before.active)) == set(found.index)
+    features = record.features().set_index("feature")
+    assert features.loc[found.index, "generation_effect_size"].notna().all()
+
+
+def test_a_run_that_is_stopped_far_from_its_start_samples_again_too(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 6
+
+    trainer = dpo(tmp_path, learning_rate=0.05, max_steps=9)
+    trainer.add_callback(Stop())
+    record = run(trainer, tmp_path, generation_steps=4, generation_prompts=PROMPTS)
+    looks = record.table("generation_looks")
+    assert looks[["step", "sampled_again"]].to_numpy().tolist() == [[4, False], [6, True]]
+    check_drift_of_today(trainer, record)
+
+
+def test_near_the_start_nothing_is_sampled_again(tmp_path: Path) -> None:
+    record = run(dpo(tmp_path), tmp_path, generation_prompts=PROMPTS)
+    assert not record.table("generation_looks")["sampled_again"].any()
+
+
+def test_a_feature_that_no_answer_of_the_start_shows_has_the_least_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, record = far(tmp_path)
+    spread = record.table("generation_features").set_index("feature")["spread"]
+    drift = record.drift().loc[6]
+    with_all = record.drift_effects().loc[6]
+    hidden = int(drift.abs().idxmax())
+    rows = record.table("generation_features")
+    table = record.table
+    monkeypatch.setattr(
+        record,
+        "table",
+        lambda name: rows[rows["feature"] != hidden] if name == "generation_features" else table(name),
+    )
+    least = 2 * spread.drop(hidden).quantile(0.5, interpolation="lower")
+    assert record.drift_effects().loc[6, hidden] == pytest.approx(drift[hidden] / least)
+    assert with_all[hidden] == pytest.approx(
+        drift[hidden] / np.hypot(spread[hidden], 2 * spread.quantile(0.5, interpolation="lower"))
+    )
 
 
 def test_a_run_without_generations_has_no_drift(tmp_path: Path) -> None:

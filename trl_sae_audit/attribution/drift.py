@@ -14,6 +14,9 @@ activation of feature f at token t of an answer, as the start model reads it:
 
 The mean activation now is `Σ_t (1 + v_t) · a_f[t] / Σ_t (1 + v_t)`, its drift that less the mean at the start. How much a token
 counts does not depend on the feature, so one sparse product serves all of them.
+
+Far from the start the answers say little, see `LEAST_EFFECTIVE`. Then today's model is asked again, and `measure_drift` compares what it
+gives with the answers of the start, one model reading both.
 """
 
 from __future__ import annotations
@@ -217,8 +220,7 @@ def estimate_drift(
 
     The interval is a percentile bootstrap's over prompts, in which the baseline stays as it is: that changes it in second order.
     """
-    counts = resampling_counts(layout.n_prompts, DRAWS, seed).T.astype(np.float64)
-    once = np.ones((layout.n_prompts, 1))
+    once, counts = _draws(layout, seed)
     start, moved = (layout.by_prompt(values).T for values in (np.ones(layout.n_tokens), weights.excess))
     tokens = start.sum(0)
     tokens_now = tokens + moved.sum(0) - weights.shared @ layout.reached
@@ -231,6 +233,46 @@ def estimate_drift(
             (now @ taken) / (tokens_now @ taken) - (before @ taken) / (tokens @ taken)
             for taken in (once, counts)
         ]
-        ends = np.quantile(changes[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
-        parts.append(np.stack([changes[0][:, 0], *ends]))
+        parts.append(_with_interval(*changes))
     return Drift(activations.features, *np.concatenate(parts, axis=1))
+
+
+def measure_drift(
+    before: tuple[AnswerActivations, AnswerLayout],
+    now: tuple[AnswerActivations, AnswerLayout],
+    *,
+    seed: int = 0,
+) -> Drift:
+    """From answers that today's model was asked for, of all features that are active in either: mean activation less that before.
+
+    Args:
+        before, now: what one model reads in the answers of the start and in today's, and their layout, to the same prompts.
+        seed: of the bootstrap over prompts.
+    """
+    features = np.union1d(before[0].features, now[0].features)
+    once, counts = _draws(before[1], seed)
+    parts = [np.empty((3, 0))]
+    for first in range(0, len(features), _COLUMNS):
+        some = features[first : first + _COLUMNS]
+        means = []
+        for activations, layout in (now, before):
+            ones = layout.by_prompt(np.ones(layout.n_tokens)).T
+            sums = np.zeros((len(some), layout.n_prompts))
+            sums[np.isin(some, activations.features)] = (
+                activations.values[np.isin(activations.features, some)] @ ones
+            ).toarray()
+            means.append([(sums @ taken) / (ones.sum(0) @ taken) for taken in (once, counts)])
+        parts.append(_with_interval(*(after - start for after, start in zip(*means, strict=True))))
+    return Drift(features, *np.concatenate(parts, axis=1))
+
+
+def _draws(layout: AnswerLayout, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each prompt is taken: once, and in every bootstrap sample: [prompts, 1] and [prompts, DRAWS]."""
+    counts = resampling_counts(layout.n_prompts, DRAWS, seed).T.astype(np.float64)
+    return np.ones((layout.n_prompts, 1)), counts
+
+
+def _with_interval(change: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """[3, features]: a change [features, 1], and the ends of its interval by those of the samples [features, DRAWS]."""
+    ends = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
+    return np.stack([change[:, 0], *ends])

@@ -1,4 +1,5 @@
-"""Drift in generations while a model trains: answers sampled once at the start, weighed again by one forward pass."""
+"""Drift in generations while a model trains: answers sampled at the start, weighed again by one forward pass, and at the end sampled
+again where that says too little."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from ..attribution.drift import (
     LEAST_COVERED,
     LEAST_EFFECTIVE,
     AnswerActivations,
+    AnswerLayout,
     Drift,
     covered_share,
     effective_answers,
     estimate_drift,
+    measure_drift,
     weigh_tokens,
 )
 from ..errors import AuditError
@@ -26,6 +29,7 @@ from ..models.hook_points import HookPoint
 from ..models.sampling import Sampling, sample_ids
 from ..models.sharding import is_sharded
 from ..models.token_ids import Ids
+from ..saes.active import Active
 from ..saes.dictionary import FeatureDictionary
 from ..trainers.kinds import policy_of, trainer_kind
 from .generation_prompts import prompts_for, tokenizer_of
@@ -54,9 +58,10 @@ class Look:
     Attributes:
         drifts: dictionary name → of its features.
         answers, prompts: how many there are.
-        effective: how many of today's answers they are worth.
-        covered: which share of today's answers is of a kind that was sampled, up to noise.
+        effective: how many of today's answers those of the start are worth.
+        covered: which share of today's answers is of a kind that was sampled at the start, up to noise.
         divergence: estimate of the divergence of an answer, `KL(π_start ‖ π_now)`, in nats.
+        sampled_again: whether today's model was asked again, and the drifts are from its own answers.
     """
 
     drifts: dict[str, Drift]
@@ -65,10 +70,16 @@ class Look:
     effective: float
     covered: float
     divergence: float
+    sampled_again: bool = False
 
     @property
     def trusted(self) -> bool:
-        """Whether enough answers are effective, and enough of what is generated now is among them."""
+        """Whether today's model was asked again; or enough answers are effective, and enough of what is generated now is among them."""
+        return self.sampled_again or self.is_near
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the answers of the start say enough of today's model."""
         return self.effective >= LEAST_EFFECTIVE * self.answers and self.covered >= LEAST_COVERED
 
     def tables(self, step: int, global_step: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -84,6 +95,7 @@ class Look:
                 "covered_share": [self.covered],
                 "trusted": [self.trusted],
                 "divergence": [self.divergence],
+                "sampled_again": [self.sampled_again],
             },
         )
         for name, drift in self.drifts.items():
@@ -128,7 +140,8 @@ def spreads_parameters(trainer: Trainer) -> bool:
 
 
 class GenerationDrift:
-    """Samples answers when training starts, or takes those of the resumed run, and weights them during training.
+    """Samples answers when training starts, or takes those of the resumed run, weights them during training, and samples again at its end
+    where they say too little by then.
 
     Each process has the answers to its share of the prompts; the main process has all of them, estimates and records. Neither the
     model nor torch's random state is changed.
@@ -169,6 +182,7 @@ class GenerationDrift:
     ) -> None:
         self.trainer = trainer
         self.sampling = sampling
+        self._readers = list(zip(dictionaries, points, strict=True))
         self._attention_sinks = attention_sinks
         self.every = every
         self.looked = step
@@ -177,7 +191,7 @@ class GenerationDrift:
         self._append = append
         self._activations: dict[str, AnswerActivations] = {}
         known = self._from_main_process(None if kept is None else (kept.rows, kept.prompts))
-        rows, numbers = known or self._sample(dictionaries, points, prompts, step)
+        rows, numbers = known or self._sample(prompts, step)
         if kept is not None:
             self._keep(kept)
         self._lengths = np.array([len(answer) for _, answer in rows])
@@ -185,24 +199,34 @@ class GenerationDrift:
         self._shares = [
             np.flatnonzero(np.array(numbers) % processes == process) for process in range(processes)
         ]
-        self._own = [rows[place] for place in self._shares[trainer.accelerator.process_index]]
+        own = self._shares[trainer.accelerator.process_index]
+        self._own, self._own_numbers = [rows[place] for place in own], [numbers[place] for place in own]
 
     def due(self, step: int) -> bool:
         """Whether it is time to look again, also where steps come several at a time."""
         return step // self.every > self.looked // self.every
 
-    def look(self, step: int, global_step: int) -> None:
-        """See what the model generates after `step` optimizer steps, in all processes at once; the main process records it."""
+    def look(self, step: int, global_step: int, *, last: bool = False) -> None:
+        """See what the model generates after `step` optimizer steps, in all processes at once; the main process records it.
+
+        If it is the `last` look and the answers of the start say too little, the model is asked again.
+        """
         self.looked = step
         look = self.measure()
+        if last and self._from_main_process(None if look is None else not look.is_near):
+            drifts = self._ask_again()
+            if look is not None:
+                look = dataclasses.replace(look, drifts=drifts, sampled_again=True)
         if look is None:
             return
-        if not look.trusted and (self.latest is None or self.latest.trusted):
+        if not look.is_near and (self.latest is None or self.latest.is_near):
             logger.warning(
                 "After step %d the %d answers sampled at the start are worth %.0f of today's, and cover %.0f %% of what the model "
-                "generates: generation_drift is too small, and has the right direction at best. Compare checkpoints by "
-                "sampled_change.",
+                "generates: %s.",
                 *(step, look.answers, look.effective, 100 * min(look.covered, 1.0)),
+                "generation_drift is measured on answers sampled again"
+                if look.sampled_again
+                else "generation_drift is too small until the end, when the answers are sampled again, and has the right direction at best",
             )
         self.latest, self._logged = look, False
         if self._append is not None:
@@ -239,9 +263,64 @@ class GenerationDrift:
             divergence=-float(ratios.sum()) / len(layout.lengths),
         )
 
-    def _sample(
-        self, dictionaries: Sequence[FeatureDictionary], points: Sequence[HookPoint], prompts: Any, step: int
-    ) -> tuple[list[Answered], list[int]]:
+    def _ask_again(self) -> dict[str, Drift]:
+        """Drifts from today's answers to the prompts of the start, as many to each, in all processes at once; known in the main process.
+
+        Today's model reads both: that of the start is no longer there. The same random numbers are drawn as at the start, so that the
+        answers differ where the models do.
+        """
+        asked: dict[Ids, list[int]] = {}
+        for (prompt, _), number in zip(self._own, self._own_numbers, strict=True):
+            asked.setdefault(prompt, []).append(number)
+        sampling = dataclasses.replace(
+            self._own_sampling, answers=max((len(numbers) for numbers in asked.values()), default=1)
+        )
+        answers = sample_ids(
+            policy_of(self.trainer),
+            tokenizer_of(self.trainer),
+            list(asked),
+            sampling,
+            batch_size=_SAMPLED_TOGETHER,
+        )
+        rows, numbers = [], []
+        for (prompt, several), sampled in zip(asked.items(), answers, strict=True):
+            rows += [(prompt, tuple(answer)) for answer in sampled[: len(several)]]
+            numbers += several
+        before, now = self._read(self._own, self._own_numbers), self._read(rows, numbers)
+        return {name: measure_drift(before[name], now[name], seed=self.sampling.seed) for name in before}
+
+    def _read(
+        self, rows: Sequence[Answered], numbers: Sequence[int]
+    ) -> dict[str, tuple[AnswerActivations, AnswerLayout]]:
+        """What today's model reads in the answers of all processes, dictionary by dictionary, in the main process."""
+        lengths = [len(answer) for _, answer in rows]
+        parts = self._of_all_processes(list(zip(numbers, lengths, *self._active(rows).values(), strict=True)))
+        if not self.trainer.accelerator.is_main_process:
+            return {}
+        merged = sorted((each for part in parts for each in part), key=lambda each: each[0])
+        all_numbers, all_lengths, *all_active = map(list, zip(*merged, strict=True))
+        layout = AnswerLayout(np.array(all_numbers), np.array(all_lengths))
+        return {
+            dictionary.name: (AnswerActivations.from_tokens(*join(active)), layout)
+            for (dictionary, _), active in zip(self._readers, all_active, strict=True)
+        }
+
+    def _active(self, rows: Sequence[Answered]) -> dict[str, list[Active]]:
+        return {
+            dictionary.name: answer_activations(
+                point, dictionary, rows, attention_sinks=self._attention_sinks
+            )
+            for dictionary, point in self._readers
+        }
+
+    @property
+    def _own_sampling(self) -> Sampling:
+        """The same batches of other prompts are sampled in other processes, and must not draw the same numbers."""
+        accelerator = self.trainer.accelerator
+        seed = self.sampling.seed * accelerator.num_processes + accelerator.process_index
+        return dataclasses.replace(self.sampling, seed=seed)
+
+    def _sample(self, prompts: Any, step: int) -> tuple[list[Answered], list[int]]:
         """Answers and the numbers of their prompts; the main process also keeps what else a look needs."""
         accelerator = self.trainer.accelerator
         tokenizer = tokenizer_of(self.trainer)
@@ -252,8 +331,7 @@ class GenerationDrift:
                 f"There are {len(asked)} prompts to answer and {processes} processes; give each at least one."
             )
         share = asked[process::processes]
-        # the same batches of other prompts are sampled in other processes, and must not draw the same numbers
-        sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed * processes + process)
+        sampling = self._own_sampling
         answers: Sequence[Sequence[Sequence[int]]] = sample_ids(
             policy_of(self.trainer), tokenizer, share, sampling, batch_size=_SAMPLED_TOGETHER
         )
@@ -264,12 +342,7 @@ class GenerationDrift:
             process + processes * place for place, (_, several) in enumerate(answered) for _ in several
         ]
         rows = [(prompt, tuple(answer)) for prompt, several in answered for answer in several]
-        active = {
-            dictionary.name: answer_activations(
-                point, dictionary, rows, attention_sinks=self._attention_sinks
-            )
-            for dictionary, point in zip(dictionaries, points, strict=True)
-        }
+        active = self._active(rows)
         ends = np.cumsum([len(answer) for _, answer in rows])[:-1]
         log_probs = np.split(self._log_probs(rows), ends)
         parts = self._of_all_processes(list(zip(numbers, rows, log_probs, *active.values(), strict=True)))

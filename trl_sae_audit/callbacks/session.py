@@ -184,10 +184,9 @@ class AttributionSession(TrainerListener):
             self._project()
             self._measure_drift()
         state = self.trainer.state
-        if self._generations is not None and (
-            self._generations.due(self.step) or state.global_step >= state.max_steps
-        ):
-            self._look_at_generations()
+        last = state.global_step >= state.max_steps
+        if self._generations is not None and (self._generations.due(self.step) or last):
+            self._look_at_generations(last=last)
 
     def enrich_log(self, logs: dict[str, Any]) -> None:
         """Add the window's means to a training log; evaluation logs and the final summary stay as they are."""
@@ -228,7 +227,7 @@ class AttributionSession(TrainerListener):
         self._project()
         best_is_loaded = self.trainer.args.load_best_model_at_end
         if self._generations is not None and self._generations.looked < self.step and not best_is_loaded:
-            self._look_at_generations()
+            self._look_at_generations(last=True)
         callbacks = self.trainer.callback_handler.callbacks
         if not reporters.reports_tables(callbacks):
             return
@@ -441,10 +440,10 @@ class AttributionSession(TrainerListener):
         reader.report_responses(keeper.add)
         return keeper
 
-    def _look_at_generations(self) -> None:
+    def _look_at_generations(self, *, last: bool) -> None:
         assert self._generations is not None
         self._project()
-        self._generations.look(self.step, self.trainer.state.global_step)
+        self._generations.look(self.step, self.trainer.state.global_step, last=last)
 
     def _totals(self) -> dict[str, FeatureTotals]:
         return {tracker.dictionary.name: tracker.totals for tracker in self.trackers}

@@ -14,7 +14,7 @@ from ..errors import AuditError
 from ..io.dictionaries import describe_place
 from ..io.feature_labels import LabelSet, labels_of, with_labels
 from ..io.manifest import StoredFile, reading, stored_files
-from ..statistics import effect_unit
+from ..statistics import effect_unit, least_effect_unit
 from ..text import sanitize
 from . import files
 from .columns import check_columns
@@ -158,8 +158,8 @@ class RunRecord:
         is most active in the responses, see `contexts`; empty where selection is not recorded), and those of `FeatureTotals.frame`,
         whose notes on the standard errors apply; for those of the loss's sides see `sides`. In a run with `generations` also
         `generation_drift` at the last look, with its 95 % interval `generation_drift_low` to `generation_drift_high`, and
-        `generation_effect_size`, the drift in units of the standard deviation over answers (of `statistics.effect_unit`, as in an
-        audit); NaN for features that no sampled answer shows.
+        `generation_effect_size`, the drift in units of the standard deviation over answers of the start (of `statistics.effect_unit`,
+        as in an audit); NaN for features that no sampled answer shows.
 
         Args:
             dictionary: name of the only dictionary to show; all of them otherwise.
@@ -216,7 +216,8 @@ class RunRecord:
         rows = self._drift_rows(name)
         if rows is None:
             return None
-        return rows.pivot(index="step", columns="feature", values="drift") / self._effect_unit(name)
+        drift = rows.pivot(index="step", columns="feature", values="drift")
+        return drift / self._effect_unit(name, drift.columns)
 
     def curriculum(self, dictionary: str | None = None, score: Score = "attribution") -> pd.DataFrame:
         """A score's mean per step, time bins × features; the index is each bin's (first_step, last_step).
@@ -311,15 +312,17 @@ class RunRecord:
                 "generation_drift": rows["drift"],
                 "generation_drift_low": rows["low"],
                 "generation_drift_high": rows["high"],
-                "generation_effect_size": rows["drift"] / self._effect_unit(name),
+                "generation_effect_size": rows["drift"] / self._effect_unit(name, rows.index),
             }
         )
 
-    def _effect_unit(self, name: str) -> pd.Series:
+    def _effect_unit(self, name: str, features: pd.Index) -> pd.Series:
         """By feature, of the standard deviation of its mean activation over the answers of the start; NaN where that is 0."""
         answers = self.table(_DRIFT_FEATURES)
         spread = answers[answers["dictionary"] == name].set_index("feature")["spread"]
-        return pd.Series(effect_unit(spread.to_numpy(float)), spread.index)
+        values = spread.to_numpy(float)
+        known = pd.Series(effect_unit(values), spread.index)
+        return known.reindex(features).where(features.isin(known.index), least_effect_unit(values))
 
     def _name_sides(self, frame: pd.DataFrame) -> pd.DataFrame:
         shown = dict(zip(_STORED_SIDES, self.sides, strict=False))
