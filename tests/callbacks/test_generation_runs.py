@@ -170,7 +170,7 @@ def test_far_from_the_start_a_warning_says_so_once_and_the_answers_are_sampled_a
 ) -> None:
     with caplog.at_level(logging.WARNING):
         trainer, record = far(tmp_path)
-    assert caplog.text.count("when the answers are sampled again") == 1
+    assert caplog.text.count("until the answers are sampled again") == 1
     looks = record.table("generation_looks")
     assert looks["sampled_again"].tolist() == [False] * 5 + [True]
     assert looks["trusted"].tolist()[-2:] == [False, True]

@@ -30,6 +30,8 @@ from trl_sae_audit import RunRecord, Sampling
 from trl_sae_audit.callbacks.generations import GenerationDrift
 from trl_sae_audit.callbacks.sampled_answers import SampledAnswers
 from trl_sae_audit.models.hook_points import resolve_hook_point
+from trl_sae_audit.models.sampling import sample_ids
+from trl_sae_audit.verification.measured import read_answers
 
 pytestmark = pytest.mark.processes
 
@@ -44,7 +46,7 @@ class TestTheNewestTrainers:
         start(
             *(str(TESTS / "helpers" / "process_worker.py"), str(directory)),
             "dpo,dpo_worded,grpo,kto,sft_short,scorer:1",
-            "dpo,dpo_logged,dpo_without,dpo_generating,dpo_loaded,dpo_worded,grpo,grpo_one_sided,kto,sft_short:2",
+            "dpo,dpo_logged,dpo_without,dpo_generating,dpo_generating_far,dpo_loaded,dpo_worded,grpo,grpo_one_sided,kto,sft_short:2",
             "dpo,grpo,kto,scorer:4",
             "dpo,dpo_without,dpo_generating,grpo:2:fsdp2",
         )
@@ -124,6 +126,32 @@ class TestTheNewestTrainers:
         drift = look.drifts["tiny"].change
         assert np.abs(drift).max() > 1e-3
         assert relative_error(record.drift().loc[4].to_numpy(), drift) < 1e-4
+
+    def test_far_from_the_start_each_process_samples_its_answers_again(self, trained: Path) -> None:
+        ranks = kept(trained / "ddp2" / "dpo_generating_far")
+        record = RunRecord.load(trained / "ddp2" / "dpo_generating_far" / "record")
+        assert record.table("generation_looks")["sampled_again"].tolist()[-1]
+        tokenizer = make_tokenizer()
+        model = make_model(tokenizer)
+        for parameter, trained_to in zip(model.parameters(), ranks[0]["weights"], strict=True):
+            parameter.data = trained_to
+        start = SampledAnswers.from_record(record)
+        assert start is not None
+        asked = list(dict.fromkeys(prompt for prompt, _ in start.rows))
+        now = []
+        for process in range(2):
+            share = asked[process::2]
+            found = sample_ids(model, tokenizer, share, Sampling(3, 6, seed=process))
+            now += [
+                ("", list(prompt), answer)
+                for prompt, several in zip(share, found, strict=True)
+                for answer in several
+            ]
+        old = [("", list(prompt), list(answer)) for prompt, answer in start.rows]
+        before, after = (read_answers(model, tokenizer, make_dictionary(), rows) for rows in (old, now))
+        drift = record.drift().loc[4].dropna()
+        assert drift.abs().max() > 0.01
+        np.testing.assert_allclose(drift, (after.mean() - before.mean())[drift.index], atol=1e-5)
 
     def test_a_sharded_model_cannot_generate_and_says_so(self, trained: Path) -> None:
         for rank in kept(trained / "fsdp22" / "dpo_generating"):

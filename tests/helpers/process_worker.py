@@ -27,7 +27,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     case.__name__: case
     for case in [
         *(preferences.dpo, preferences.dpo_logged, preferences.dpo_without, preferences.dpo_loaded),
-        *(preferences.dpo_generating, preferences.dpo_worded),
+        *(preferences.dpo_generating, preferences.dpo_generating_far, preferences.dpo_worded),
         *(preferences.dpo_windows, preferences.sft_short, preferences.kto),
         *(sampling.grpo, sampling.grpo_sampled, sampling.grpo_one_sided, sampling.ppo),
         scoring.scorer,

@@ -15,7 +15,7 @@ activation of feature f at token t of an answer, as the start model reads it:
 The mean activation now is `Σ_t (1 + v_t) · a_f[t] / Σ_t (1 + v_t)`, its drift that less the mean at the start. How much a token
 counts does not depend on the feature, so one sparse product serves all of them.
 
-Far from the start the answers say little, see `LEAST_EFFECTIVE`. Then today's model is asked again, and `measure_drift` compares what it
+Far from the start the answers say little, see `LEAST_NEAR`. Then today's model is asked again, and `measure_drift` compares what it
 gives with the answers of the start, one model reading both.
 """
 
@@ -33,6 +33,9 @@ CLIP = 1.5
 """Largest |log| of what the tokens before count, and of one token's own ratio."""
 LEAST_EFFECTIVE, LEAST_COVERED = 0.2, 0.8
 """Least share of effective answers, and least share of today's answers that are covered, at which a drift is trusted."""
+LEAST_NEAR = 0.5
+"""Least share of effective answers at which weighted answers say more than as many that today's model is asked for: n answers worth a share
+e have a variance of 1/(e·n), and the difference of two means of n answers has 2/n."""
 DRAWS = 400
 CONFIDENCE = 0.95
 _COLUMNS = 4096

@@ -15,6 +15,7 @@ from transformers import Trainer
 from ..attribution.drift import (
     LEAST_COVERED,
     LEAST_EFFECTIVE,
+    LEAST_NEAR,
     AnswerActivations,
     AnswerLayout,
     Drift,
@@ -75,12 +76,15 @@ class Look:
     @property
     def trusted(self) -> bool:
         """Whether today's model was asked again; or enough answers are effective, and enough of what is generated now is among them."""
-        return self.sampled_again or self.is_near
+        return self.sampled_again or self._are_worth(LEAST_EFFECTIVE)
 
     @property
     def is_near(self) -> bool:
-        """Whether the answers of the start say enough of today's model."""
-        return self.effective >= LEAST_EFFECTIVE * self.answers and self.covered >= LEAST_COVERED
+        """Whether the answers of the start say more of today's model than as many of its own would."""
+        return self._are_worth(LEAST_NEAR)
+
+    def _are_worth(self, share: float) -> bool:
+        return self.effective >= share * self.answers and self.covered >= LEAST_COVERED
 
     def tables(self, step: int, global_step: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and columns of what a record keeps of it."""
@@ -219,14 +223,12 @@ class GenerationDrift:
                 look = dataclasses.replace(look, drifts=drifts, sampled_again=True)
         if look is None:
             return
-        if not look.is_near and (self.latest is None or self.latest.is_near):
+        if not look.trusted and (self.latest is None or self.latest.trusted):
             logger.warning(
                 "After step %d the %d answers sampled at the start are worth %.0f of today's, and cover %.0f %% of what the model "
-                "generates: %s.",
+                "generates: generation_drift is too small, and has the right direction at best, until the answers are sampled again "
+                "when training ends.",
                 *(step, look.answers, look.effective, 100 * min(look.covered, 1.0)),
-                "generation_drift is measured on answers sampled again"
-                if look.sampled_again
-                else "generation_drift is too small until the end, when the answers are sampled again, and has the right direction at best",
             )
         self.latest, self._logged = look, False
         if self._append is not None:

@@ -48,9 +48,14 @@ def dpo_without(directory: Path) -> dict[str, Any]:
     return {"weights": weights(trainer.model), "world_size": trainer.accelerator.num_processes}
 
 
-def dpo_generating(directory: Path) -> dict[str, Any]:
+def dpo_generating_far(directory: Path) -> dict[str, Any]:
+    """To where the answers of the start say too little, so that they are sampled again."""
+    return dpo_generating(directory, learning_rate=0.05, optim="adamw_torch")
+
+
+def dpo_generating(directory: Path, **settings: Any) -> dict[str, Any]:
     """With the drift in generations; where that is refused, what the user is told."""
-    trainer = plain(directory)
+    trainer = plain(directory, **settings)
     trainer.add_callback(
         FeatureAttributionCallback(
             make_dictionary(),
