@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.harmless import nothing_left
 from helpers.trainers import BUILDERS, dpo
-from helpers.worlds import D_SAE, make_dictionary
+from helpers.worlds import D_SAE, make_dictionary, make_sae_dictionary
 from peft import LoraConfig
 from rich.console import Console
 from transformers import Trainer, TrainerCallback
@@ -21,6 +21,8 @@ from transformers import Trainer, TrainerCallback
 from trl_sae_audit import FeatureAttributionCallback, RunRecord, Sampling
 from trl_sae_audit.callbacks.summary import print_summary
 from trl_sae_audit.errors import AuditError
+from trl_sae_audit.record.over_time import read_over_time
+from trl_sae_audit.report import write_report
 from trl_sae_audit.verification.measured import read_answers, sample_answers
 
 pytestmark = pytest.mark.newest
@@ -208,6 +210,30 @@ def test_a_run_that_is_stopped_far_from_its_start_samples_again_too(tmp_path: Pa
     looks = record.table("generation_looks")
     assert looks[["step", "sampled_again"]].to_numpy().tolist() == [[4, False], [6, True]]
     check_drift_of_today(trainer, record)
+
+
+def test_a_feature_that_only_the_last_answers_show_is_unknown_before_and_in_the_report(
+    tmp_path: Path,
+) -> None:
+    trainer = dpo(tmp_path, learning_rate=0.05, max_steps=6)
+    trainer.add_callback(
+        FeatureAttributionCallback(
+            make_sae_dictionary(name="tiny"),
+            tmp_path / "record",
+            generations=Sampling(answers=1, max_new_tokens=4),
+            generation_prompts=PROMPTS[:2],
+            generation_steps=2,
+        )
+    )
+    trainer.train()
+    record = RunRecord.load(tmp_path / "record")
+    new = record.drift().columns[record.drift().loc[4].isna() & record.drift().loc[6].notna()]
+    assert len(new)
+    over_time = read_over_time(record, "tiny", record.totals())["generation_drift"]
+    assert np.isnan(over_time.values[:-1, new]).all()
+    assert np.isfinite(over_time.values[-1, new]).all()
+    page = write_report(tmp_path / "record", tmp_path / "report.html").read_text()
+    assert "Drift in generations" in page
 
 
 def test_near_the_start_nothing_is_sampled_again(tmp_path: Path) -> None:

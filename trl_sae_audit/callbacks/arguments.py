@@ -81,8 +81,8 @@ class AttributionArguments:
     )
     generations: int | None = option(
         None,
-        "Number of answers to sample for each prompt when training starts; every feature's generation_drift is computed from them. "
-        "4 is a good number; the default is none.",
+        "Number of answers to sample for each prompt when training starts, and again when it ends far from there; every feature's "
+        "generation_drift is computed from them. 4 is a good number; the default is none.",
     )
     generation_prompts: str | None = option(
         None,

@@ -50,8 +50,8 @@ class AttributionConfig:
     """Optimizer steps between two measurements on the probe."""
     generations: Sampling | None = None
     """How to sample answers when training starts, e.g. `Sampling(answers=4)`. From these answers `generation_drift` is
-    computed: how far every feature has moved in what the model now generates. By default no answers are sampled;
-    docs/attribution.md has the cost."""
+    computed: how far every feature has moved in what the model now generates. When training ends they are sampled again if
+    they say too little by then, see docs/scores.md. By default no answers are sampled; docs/attribution.md has the cost."""
     generation_prompts: Sequence[Any] | None = None
     """The prompts to answer: texts, conversations, or rows with a `prompt`; every answer to them is read in a look. By default
     64 prompts of the train set, and of long answers as many, drawn at random, as have 10,240 tokens."""

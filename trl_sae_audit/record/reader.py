@@ -188,8 +188,9 @@ class RunRecord:
     def drift(self, dictionary: str | None = None) -> pd.DataFrame:
         """What the model generates, against the start: change of each feature's mean activation, steps × features.
 
-        A column for each feature that is active in the answers sampled at the start; of the others they say nothing. The intervals, and
-        how much each look is to be trusted, are in the tables `generation_drift` and `generation_looks`.
+        A column for each feature that is active in the answers sampled at the start, or again at the end; NaN in a look whose answers
+        do not show it, and so say nothing of it. The intervals, and how much each look is to be trusted, are in the tables
+        `generation_drift` and `generation_looks`.
 
         Args:
             dictionary: its name; may be omitted if there is only one.
