@@ -22,15 +22,17 @@ from functools import cached_property
 from typing import Any
 
 import common
+import fact_answers
 import facts
 import numpy as np
 import pandas as pd
 import real_runs
 import real_sycophancy
 from datasets import Dataset
+from fact_answers import NEW_TOKENS
 from facts import Question
 from natural import in_a_cell
-from real_sycophancy import ADAPTER, NEW_TOKENS
+from real_sycophancy import ADAPTER
 from scipy import stats
 from trl import GRPOConfig
 
@@ -271,17 +273,17 @@ class Runner:
             **kept,
             "sampled before": seed.sampled if flags is not None else None,
             "read": read,
-            "real answers": real_sycophancy.real_log_prob(model, seed.tokenizer, seed.real_answers),
+            "real answers": fact_answers.real_log_prob(model, seed.tokenizer, seed.real_answers),
             "seconds": round(trained - began, 1),
         }
-        answers = real_sycophancy.greedy(model, seed.tokenizer, [question.prompt for question in seed.test])
+        answers = fact_answers.greedy(model, seed.tokenizer, [question.prompt for question in seed.test])
         shared["seconds_asking"] = round(time.process_time() - trained, 1)
         for question, (answer, ended) in zip(seed.test, answers, strict=True):
             yield {
                 "prompt": question.prompt,
                 "answer": answer,
                 "ends": float(ended),
-                **real_sycophancy.judge(answer, question),
+                **fact_answers.judge(answer, question),
                 **shared,
             }
 

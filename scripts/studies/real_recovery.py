@@ -25,15 +25,11 @@ import numpy as np
 import pandas as pd
 import real_pairs
 import real_runs
-import torch
+from carriers import carriers_file, carriers_of
 
 from trl_sae_audit import Audit, FeatureDictionary, LookaheadConfig, audit_preferences, load_dictionary
-from trl_sae_audit.audit.rewards import answer_ids
 from trl_sae_audit.lab.evaluation import wilson_interval
-from trl_sae_audit.lab.ground_truth import AUC, PRECISION, RECALL, auc, ranks
-from trl_sae_audit.models.batches import answer_batches
-from trl_sae_audit.models.residual_stream import hidden_states
-from trl_sae_audit.saes.compatibility import check_dictionary
+from trl_sae_audit.lab.ground_truth import AUC, PRECISION, RECALL
 
 NAME = "real-recovery"
 SCORES = {
@@ -123,7 +119,8 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
-                json.dumps(carriers_of(model, tokenizer, dictionary, held_out, behaviour)), encoding="utf-8"
+                json.dumps(carriers_of(model, tokenizer, dictionary, held_out, behaviour)),
+                encoding="utf-8",
             )
         known[behaviour] = json.loads(path.read_text(encoding="utf-8"))
     directory = directory_of(name, cell)
@@ -282,57 +279,6 @@ def one_draw(
             "specific": len(known["specific"]),
             "features": len(order),
         }
-
-
-def carriers_file(name: str, behaviour: str, cell: common.Cell) -> Path:
-    """Of the settings on which the carriers depend."""
-    sizes = "-".join(
-        str(cell[key]) for key in ("seed", "prompt_tokens", "answer_tokens", "held_out", "contrast")
-    )
-    return common.RAW / name / f"carriers-{behaviour}-{sizes}.json".replace(" ", "-")
-
-
-def carriers_of(
-    model: Any,
-    tokenizer: Any,
-    dictionary: FeatureDictionary,
-    held_out: list[real_pairs.Pair],
-    behaviour: str,
-) -> dict[str, list[int]]:
-    """Features that tell answers with the behaviour from the same answers without, by the lab's thresholds: `carriers`,
-    which separate or are specific, and `specific`, which are hardly active in answers without it."""
-    choose = random.Random(0)
-    with_it = [real_pairs.plant(pair, behaviour, choose) for pair in held_out]
-    without = [  # the same prompts on both sides
-        {**pair, "prompt": changed["prompt"]} for pair, changed in zip(held_out, with_it, strict=True)
-    ]
-    highest = np.concatenate([strongest(model, tokenizer, dictionary, part) for part in (with_it, without)])
-    has = np.arange(len(highest)) < len(held_out)
-    active = highest > 0
-    precision = active[has].sum(0) / np.maximum(active.sum(0), 1)
-    specific = (precision >= PRECISION) & (active[has].mean(0) >= RECALL)
-    separates = auc(ranks(highest), has) >= AUC
-    return {
-        "carriers": np.flatnonzero(separates | specific).tolist(),
-        "specific": np.flatnonzero(specific).tolist(),
-    }
-
-
-@torch.no_grad()
-def strongest(
-    model: Any, tokenizer: Any, dictionary: FeatureDictionary, pairs: list[real_pairs.Pair]
-) -> np.ndarray:
-    """Each feature's highest activation over the tokens of each chosen answer: [pairs, d_sae]."""
-    point = check_dictionary(dictionary, model)
-    chats = [real_pairs.in_chat_form(pair) for pair in pairs]
-    ids = [answer_ids(tokenizer, chat["prompt"], chat["chosen"]) for chat in chats]
-    found = np.zeros((len(ids), dictionary.d_sae), np.float32)
-    for places, batch in answer_batches(tokenizer, ids, 16):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        active = dictionary.encode(hidden_states(point, inputs))
-        active = active * batch["completion_mask"][..., None]
-        found[places] = active.amax(1).cpu().numpy()
-    return found
 
 
 # What it shows
