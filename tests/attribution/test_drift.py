@@ -275,6 +275,10 @@ def test_measured_drift_is_the_difference_of_means_of_all_features_that_either_h
     now, now_layout, new, new_prompts = answers_with(1, [1, 3, 4], [2, 3, 1, 2] * 4)
     found = measure_drift((before, before_layout), (now, now_layout), seed=3)
     assert found.features.tolist() == [0, 1, 3, 4]
+    more = measure_drift((before, before_layout), (now, now_layout), known=np.array([1, 2]), seed=3)
+    assert more.features.tolist() == [0, 1, 2, 3, 4]
+    assert (more.change[2], more.low[2], more.high[2]) == (0, 0, 0)
+    np.testing.assert_allclose(np.delete(more.low, 2), found.low, atol=1e-12)
     expected = new.mean(0) - old.mean(0)
     np.testing.assert_allclose(found.change, expected[found.features], atol=1e-12)
     generator = np.random.default_rng(5)

@@ -40,6 +40,7 @@ DRAWS = 400
 CONFIDENCE = 0.95
 _COLUMNS = 4096
 """Features whose bootstrap replicates are in memory at a time."""
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -244,15 +245,17 @@ def measure_drift(
     before: tuple[AnswerActivations, AnswerLayout],
     now: tuple[AnswerActivations, AnswerLayout],
     *,
+    known: np.ndarray = _NONE,
     seed: int = 0,
 ) -> Drift:
     """From answers that today's model was asked for, of all features that are active in either: mean activation less that before.
 
     Args:
         before, now: what one model reads in the answers of the start and in today's, and their layout, to the same prompts.
+        known: features to include though neither shows them, with a drift of 0.
         seed: of the bootstrap over prompts.
     """
-    features = np.union1d(before[0].features, now[0].features)
+    features = np.unique(np.concatenate([known, before[0].features, now[0].features]))
     once, counts = _draws(before[1], seed)
     parts = [np.empty((3, 0))]
     for first in range(0, len(features), _COLUMNS):

@@ -235,6 +235,13 @@ class GenerationDrift:
             for table, columns in look.tables(step, global_step):
                 self._append(table, columns)
 
+    def look_at_end(self, step: int, global_step: int) -> None:
+        """The last look, in all processes at once, where it was not taken yet: a run may be stopped at a step that was looked at."""
+        latest = self.latest
+        unsure = latest is not None and not latest.sampled_again and not latest.is_near
+        if self.looked < step or self._from_main_process(unsure):
+            self.look(step, global_step, last=True)
+
     def take_look(self) -> Look | None:
         """In the main process, the last look if it was not taken yet: a log names it once."""
         look, self._logged = None if self._logged else self.latest, True

@@ -226,8 +226,8 @@ class AttributionSession(TrainerListener):
         """Show the top features on the trainer's dashboards, which close before this callback is told of the end."""
         self._project()
         best_is_loaded = self.trainer.args.load_best_model_at_end
-        if self._generations is not None and self._generations.looked < self.step and not best_is_loaded:
-            self._look_at_generations(last=True)
+        if self._generations is not None and not best_is_loaded:
+            self._generations.look_at_end(self.step, self.trainer.state.global_step)
         callbacks = self.trainer.callback_handler.callbacks
         if not reporters.reports_tables(callbacks):
             return

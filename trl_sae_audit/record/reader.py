@@ -300,7 +300,8 @@ class RunRecord:
         if _DRIFT not in self.tables:
             return None
         rows = self.table(_DRIFT)
-        return rows[rows["dictionary"] == name]
+        # a run that was stopped at a step that it had looked at may have looked again, see GenerationDrift.look_at_end
+        return rows[rows["dictionary"] == name].drop_duplicates(["step", "feature"], keep="last")
 
     def _latest_drift(self, name: str) -> pd.DataFrame | None:
         """The last look, by feature."""
