@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import real_pairs
 import real_runs
+import risen
 from datasets import Dataset
 from facts import Question
 from natural import in_a_cell
@@ -44,6 +45,7 @@ from trl_sae_audit import (
     FeatureShieldCallback,
     Flag,
     FlagSet,
+    Sampling,
     audit_preferences,
     contrast_directions,
     filter_preferences,
@@ -276,8 +278,16 @@ def main() -> None:
     parser.add_argument(
         "--lookahead", action="store_true", help="audits look ahead, and the filter's check with them"
     )
+    parser.add_argument(
+        "--risen",
+        type=int,
+        default=0,
+        help="sample so many answers to each test question, to see which features rise",
+    )
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in (*SIZES, "planted", "learning_rate", "lookahead")}
+    settings = {
+        name: getattr(arguments, name) for name in (*SIZES, "planted", "learning_rate", "lookahead", "risen")
+    }
     cells = [{"seed": seed, "arm": arm, **settings} for seed in arguments.seeds for arm in arguments.arms]
     name = arguments.name or NAME
     report(name, common.run_cells(name, cells, Runner(arguments, name)), cells)
@@ -312,6 +322,16 @@ class Runner:
         }
         answers = fact_answers.greedy(model, seed.tokenizer, [question.prompt for question in seed.test])
         shared["seconds_asking"] = round(time.process_time() - trained, 1)
+        if cell["risen"] and model is not seed.model:
+            shared["risen"] = risen.risen(
+                seed.model,
+                model,
+                seed.tokenizer,
+                seed.dictionary,
+                [question.prompt for question in seed.test],
+                Sampling(cell["risen"], fact_answers.NEW_TOKENS),
+                [flag.feature for flag in seed.flags] if "flags" in vars(seed) else [],
+            )
         for question, (answer, ended) in zip(seed.test, answers, strict=True):
             yield {
                 "prompt": question.prompt,
@@ -365,6 +385,11 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
             f"### What the filter's check foretells, seed {row['seed']}\n\n```\n{row['check']}\n```"
             for row in filtered
             if cell["lookahead"] and not pd.isna(row["prompt"])
+        ),
+        *(
+            risen.section(row["arm"], row["seed"], row["risen"])
+            for row in cells_run
+            if isinstance(row.get("risen"), dict)
         ),
         *processor_time(asked),
     ]

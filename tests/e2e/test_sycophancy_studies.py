@@ -62,7 +62,7 @@ def test_real_sycophancy(studies, directory, monkeypatch):
 
     monkeypatch.setattr(real_sycophancy, "CLEAR", 1.01)
     files = [directory / "model", directory / "sae", directory / "pairs.jsonl"]
-    run(monkeypatch, "real_sycophancy", *files, *SYCOPHANCY, "--lookahead")
+    run(monkeypatch, "real_sycophancy", *files, *SYCOPHANCY, "--lookahead", "--risen=2")
     cells = cells_of(studies, "real-sycophancy")
     assert [cell["cell"]["arm"] for cell in cells] == list(real_sycophancy.ARMS)
     kinds = pd.DataFrame(cells[1]["rows"]).count()
@@ -75,6 +75,9 @@ def test_real_sycophancy(studies, directory, monkeypatch):
     page = (studies / "docs" / "real-sycophancy.md").read_text()
     assert "| shielded |" in page
     assert ", flagged (" in page
+    assert kept["filtered"]["risen"]["answers"] == 2 * 8
+    assert "risen" not in kept["before training"]
+    assert "### What rises: filtered, seed 0" in page
 
 
 def test_real_sycophancy_where_nothing_can_be_flagged(studies, directory, monkeypatch):
