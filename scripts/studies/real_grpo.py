@@ -289,7 +289,7 @@ class Runner:
 
 
 def main() -> None:
-    parser = real_sycophancy.parser_of(__doc__, SIZES, ARMS)
+    parser = real_runs.parser_of_arms(__doc__, SIZES, ARMS)
     parser.add_argument(
         "--bonus", type=float, default=2.0, help="what agreeing is paid beside the true reward"
     )

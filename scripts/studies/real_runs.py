@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,23 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--name", default=None, help="of the results; give another for a trial, so that none is overwritten"
     )
+    return made
+
+
+def parser_of_arms(
+    description: str | None, sizes: Mapping[str, tuple[int, str]], arms: Iterable[str]
+) -> argparse.ArgumentParser:
+    """The arguments of a study of arms: pairs, sizes (name → default, what it is), learning rate, and which arms."""
+    made = parser(description)
+    made.add_argument(
+        "pairs",
+        type=Path,
+        help="real preference pairs, as JSON lines; their answers tell the model's quality",
+    )
+    for name, (default, text) in sizes.items():
+        made.add_argument(f"--{name}", type=int, default=default, help=text)
+    made.add_argument("--learning_rate", type=float, default=5e-4)
+    made.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
     return made
 
 

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import common
@@ -255,25 +254,8 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def parser_of(
-    description: str | None, sizes: Mapping[str, tuple[int, str]], arms: Iterable[str]
-) -> argparse.ArgumentParser:
-    """The arguments of a study of arms: pairs, sizes (name → default, what it is), learning rate, and which arms."""
-    parser = real_runs.parser(description)
-    parser.add_argument(
-        "pairs",
-        type=Path,
-        help="real preference pairs, as JSON lines; their answers tell the model's quality",
-    )
-    for name, (default, text) in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
-    return parser
-
-
 def main() -> None:
-    parser = parser_of(__doc__, SIZES, ARMS)
+    parser = real_runs.parser_of_arms(__doc__, SIZES, ARMS)
     parser.add_argument("--planted", type=float, default=1.0, help="share of wrong beliefs agreed with")
     parser.add_argument(
         "--lookahead", action="store_true", help="audits look ahead, and the filter's check with them"
