@@ -36,7 +36,7 @@ AUDITED = (
     "mean_activation_difference",
     "attribution",
 )
-TRUSTED = "live: generation_drift at the last trusted look"
+WEIGHTED = "live: generation_drift at the last look by weights"
 SECOND_RUN = "a second run"
 MEASUREMENT = {
     "held_out": (45, "prompts that the training has not, to measure on"),
@@ -132,9 +132,9 @@ class Meter:
             f"live: {name}": live[name] for name in LIVE
         }
         looks = record.table("generation_looks")
-        trusted = looks.loc[looks["trusted"], "step"]
-        if len(trusted) and trusted.iloc[-1] < looks["step"].iloc[-1]:
-            scores[TRUSTED] = record.drift().loc[trusted.iloc[-1]].reindex(live.index)
+        weighted = looks.loc[~looks["sampled_again"], "step"]
+        if bool(looks["sampled_again"].iloc[-1]) and len(weighted):
+            scores[WEIGHTED] = record.drift().loc[weighted.iloc[-1]].reindex(live.index)
         found = verify(
             {name: np.nan_to_num(values.to_numpy(np.float64)) for name, values in scores.items()}, change
         )
@@ -147,7 +147,8 @@ class Meter:
             "sampled": int(look["answers"]),
             "effective": float(look["effective_sample_size"]),
             "covered": float(look["covered_share"]),
-            "trusted": f"{trusted.iloc[-1] if len(trusted) else 'none'} of {look['step']}",
+            "sampled_again": bool(look["sampled_again"]),
+            "weighted": int(weighted.iloc[-1]) if len(weighted) else 0,
             "seconds": self.seconds,
         }
         return [
@@ -187,7 +188,8 @@ def described(cell: dict[str, Any]) -> str:
     return (
         f"Measured on {cell['answers']} answers of at most {cell['answer_tokens']} tokens to each of {cell['prompts']} other prompts; {cell['features']} features are active in them. "
         f"Ceiling, the R² to expect of a perfect score with so few prompts: {cell['ceiling']:.2f}; reliability by split halves of the prompts: {cell['split_half']:.2f}. "
-        f"The {cell['sampled']} answers of `generation_drift` were worth {cell['effective']:.0f} at the end and covered {cell['covered']:.0%} of what was written then; the last step at which a look was to be trusted: {cell['trusted']}. "
+        f"The {cell['sampled']} answers of `generation_drift` were worth {cell['effective']:.0f} at the end and covered {cell['covered']:.0%} of what was written then"
+        f"{', so they were sampled again; the last look by weights is of step %d' % cell['weighted'] if cell['sampled_again'] else ''}. "
         "In brackets 95 % intervals over prompts."
     )
 
