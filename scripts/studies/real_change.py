@@ -185,11 +185,15 @@ def split_half(change: MeasuredChange, draws: int = 100) -> float:
 
 def described(cell: dict[str, Any]) -> str:
     """What a row of `Meter.compared` says of the measurement."""
+    again = (
+        f", so they were sampled again; the last look by weights is of step {cell['weighted']}"
+        if cell["sampled_again"]
+        else ""
+    )
     return (
         f"Measured on {cell['answers']} answers of at most {cell['answer_tokens']} tokens to each of {cell['prompts']} other prompts; {cell['features']} features are active in them. "
         f"Ceiling, the R² to expect of a perfect score with so few prompts: {cell['ceiling']:.2f}; reliability by split halves of the prompts: {cell['split_half']:.2f}. "
-        f"The {cell['sampled']} answers of `generation_drift` were worth {cell['effective']:.0f} at the end and covered {cell['covered']:.0%} of what was written then"
-        f"{', so they were sampled again; the last look by weights is of step %d' % cell['weighted'] if cell['sampled_again'] else ''}. "
+        f"The {cell['sampled']} answers of `generation_drift` were worth {cell['effective']:.0f} at the end and covered {cell['covered']:.0%} of what was written then{again}. "
         "In brackets 95 % intervals over prompts."
     )
 

@@ -79,7 +79,8 @@ def main() -> None:
         for reward in arguments.rewards
         for run in range(arguments.runs)
     ]
-    report(name, common.run_cells(name, cells, lambda cell: run_cell(arguments, name, cell)))
+    common.run_cells(name, cells, lambda cell: run_cell(arguments, name, cell))
+    report(name, common.stored_cells(name))
 
 
 def run_cell(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable[dict[str, Any]]:
