@@ -24,10 +24,11 @@ import real_change
 import real_pairs
 import real_runs
 from datasets import Dataset
+from natural import in_a_cell
 from real_prediction import ADAPTER
 from trl import GRPOConfig
 
-from trl_sae_audit import Audit, LookaheadConfig, Sampling, audit_preferences, load_dictionary
+from trl_sae_audit import Audit, LookaheadConfig, RunRecord, Sampling, audit_preferences, load_dictionary
 
 NAME = "real-prediction-grpo"
 PAGE = "real-prediction"
@@ -39,6 +40,7 @@ SIZES = {
     "steps": (20, "optimizer steps"),
     "groups": (0, "of the audit's lookahead; 0 for none, as it costs more than the training"),
 }
+LINES = 10
 MOST_CHARACTERS = 200
 MOST_WARM = 4
 _WARM = re.compile(
@@ -196,10 +198,39 @@ def report(name: str, rows: pd.DataFrame) -> None:
             f"(warm-up {real_runs.WARMUP} steps), an adapter of rank {ADAPTER.r} trained, in float32. The mean reward of answers to the other prompts rose from {first['reward_before']:.2f} to {first['reward_after']:.2f}.",
             real_change.described(first),
             common.markdown_table(real_change.score_table(directory_of(name, first), cells)),
+            *foretold(directory_of(name, first)),
             real_change.processor_time(first),
         ]
     title = "GRPO on a flawed reward" + ("" if name == NAME else f": {name}")
     common.write_report(name, title, sections, page=PAGE)
+
+
+def foretold(directory: Path) -> list[str]:
+    """The audit's first lines beside what the first run then did to these features, and how many of its signs were right."""
+    audited = Audit.load(directory / "audit").ranking().set_index("feature")
+    trained = RunRecord.load(directory / "record-0").features().set_index("feature")
+    selection, moved = audited["selection"], trained["generation_effect_size"]
+    places = {int(feature): place + 1 for place, feature in enumerate(trained.index)}
+    lines = [
+        {
+            "the audit's first lines": feature,
+            "words": in_a_cell(audited.at[feature, "words"]),
+            "selection": f"{float(selection[feature]):+.2f}",
+            "drift in the run, in standard deviations": f"{moved[feature]:+.2f}",
+            "its place there": places[feature],
+        }
+        for feature in map(int, audited.index[:LINES])
+    ]
+    right = np.sign(selection) == np.sign(moved.reindex(audited.index))
+    counts = ", ".join(f"{int(right.head(n).sum())} of the first {n}" for n in (10, 20, 50))
+    most = [
+        f"{feature} (“{in_a_cell(trained.at[feature, 'words'])}”, {moved[feature]:+.2f})"
+        for feature in trained.index[:LINES]
+    ]
+    return [
+        common.markdown_table(pd.DataFrame(lines)),
+        f"The sign of the audit's selection is that of the drift in {counts}. What the run moved most: {'; '.join(most)}.",
+    ]
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ def test_real_prediction_grpo(studies, directory, monkeypatch):
     page = (studies / "docs" / "real-prediction.md").read_text()
     assert "| a second run |" in page
     assert "### Length, seed 0" in page
+    assert "| the audit's first lines | words |" in page
+    assert "The sign of the audit's selection is that of the drift in " in page
 
 
 @pytest.mark.parametrize(
