@@ -182,6 +182,11 @@ class Seed:
     def flags(self) -> FlagSet:
         return self.flagged(self.read)
 
+    @property
+    def flagged_features(self) -> list[int]:
+        """None where nothing read is of agreeing."""
+        return [int(feature) for feature in self.read.loc[self.read["p"] < CLEAR, "feature"]]
+
     def flagged(self, read: pd.DataFrame) -> FlagSet:
         """Those of the features read that are of agreeing."""
         own = read[read["p"] < CLEAR]
@@ -312,7 +317,7 @@ class Runner:
                 seed.dictionary,
                 [question.prompt for question in seed.test],
                 Sampling(cell["risen"], fact_answers.NEW_TOKENS),
-                [flag.feature for flag in seed.flags] if "flags" in vars(seed) else [],
+                seed.flagged_features,
             )
         for question, (answer, ended) in zip(seed.test, answers, strict=True):
             yield {
@@ -376,6 +381,8 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
         *processor_time(asked),
     ]
     title = "Sycophancy of a real instruct model" if name == NAME else f"Trial: {name}"
+    if cell["risen"]:
+        title = "Which features rise in what each arm writes"
     common.write_report(name, title, sections, page=NAME)
 
 

@@ -47,8 +47,8 @@ def risen(
 def section(arm: str, seed: int, found: dict[str, Any]) -> str:
     """What a page says of an arm."""
     lines = "\n".join(f"- {in_a_cell(line)}" for line in found["risen"])
-    flagged = ", ".join(found["flagged"]) or "none is active in any answer"
+    flagged = f" Flagged: {', '.join(found['flagged'])}." if found["flagged"] else ""
     return (
         f"### What rises: {arm}, seed {seed}\n\nOf {found['answers']} answers to {found['prompts']} prompts, against the model before training, in standard deviations over prompts: "
-        f"{found['rise']} features rise and {found['fall']} fall beyond chance. Flagged: {flagged}. The first {SHOWN} that rise:\n\n{lines}"
+        f"{found['rise']} features rise and {found['fall']} fall beyond chance.{flagged} The first {SHOWN} that rise:\n\n{lines}"
     )
