@@ -77,7 +77,7 @@ def test_real_prediction_grpo(studies, directory, monkeypatch):
         rows = [json.loads(line) for line in (kept / f"{name}.jsonl").read_text().splitlines()]
         earned = np.mean([min(len(row["answer"]) / 200, 1) for row in rows])
         assert cell["rows"][0][f"reward_{when}"] == pytest.approx(earned)
-    assert first["rows"][0]["reward_after"] != first["rows"][0]["reward_before"]
+    assert (kept / "after-0.jsonl").read_text() != (kept / "before.jsonl").read_text()
     page = (studies / "docs" / "real-prediction.md").read_text()
     assert "| a second run |" in page
     assert "### Length, seed 0" in page
