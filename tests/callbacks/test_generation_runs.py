@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import Trainer, TrainerCallback
 
 from trl_sae_audit import FeatureAttributionCallback, RunRecord, Sampling
+from trl_sae_audit.callbacks.generations import GenerationDrift
 from trl_sae_audit.callbacks.summary import print_summary
 from trl_sae_audit.errors import AuditError
 from trl_sae_audit.record.over_time import read_over_time
@@ -212,6 +213,25 @@ def test_a_run_that_is_stopped_far_from_its_start_samples_again_too(
     record = run(trainer, tmp_path, generation_steps=every, generation_prompts=PROMPTS)
     assert record.table("generation_looks")[["step", "sampled_again"]].to_numpy().tolist() == looks
     check_drift_of_today(trainer, record)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), AuditError("too many")])
+def test_where_the_answers_cannot_be_sampled_again_training_ends_well_and_the_log_says_so(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: GenerationDrift) -> None:
+        raise error
+
+    monkeypatch.setattr(GenerationDrift, "_answers_again", fail)
+    with caplog.at_level(logging.WARNING):
+        trainer, record = far(tmp_path)
+    assert trainer.state.global_step == 6
+    assert record.status == "finished"
+    assert f"could not be sampled again ({error})" in caplog.text
+    looks = record.table("generation_looks")
+    assert not looks["sampled_again"].any()
+    assert not looks["trusted"].iloc[-1]
+    assert record.features()["generation_drift"].notna().all()
 
 
 def test_a_feature_that_only_the_last_answers_show_is_unknown_before_and_in_the_report(

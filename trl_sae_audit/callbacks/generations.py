@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import Trainer
 
@@ -219,7 +220,7 @@ class GenerationDrift:
         look = self.measure()
         if last and self._from_main_process(None if look is None else not look.is_near):
             drifts = self._ask_again()
-            if look is not None:
+            if look is not None and drifts is not None:
                 look = dataclasses.replace(look, drifts=drifts, sampled_again=True)
         if look is None:
             return
@@ -272,46 +273,73 @@ class GenerationDrift:
             divergence=-float(ratios.sum()) / len(layout.lengths),
         )
 
-    def _ask_again(self) -> dict[str, Drift]:
+    def _ask_again(self) -> dict[str, Drift] | None:
         """Drifts from today's answers to the prompts of the start, as many to each, in all processes at once; known in the main process.
 
-        Today's model reads both: that of the start is no longer there. The same random numbers are drawn as at the start, so that the
-        answers differ where the models do.
+        Today's model reads both: that of the start is no longer there. None where a process cannot, which must not end the training:
+        the optimizer's states may have taken the memory that there was at the start.
         """
+        problem, read = "", []
+        try:
+            asked = (self._own, self._own_numbers), self._answers_again()
+            read = [
+                (numbers, [len(answer) for _, answer in rows], self._active(rows)) for rows, numbers in asked
+            ]
+        except (AuditError, torch.OutOfMemoryError) as error:
+            problem = str(error)
+        problems = [each for each in self._of_all_processes(problem) if each]
+        if problems:
+            if self.trainer.accelerator.is_main_process:
+                logger.warning(
+                    "The answers could not be sampled again (%s): the last generation_drift is by the weights of those of the start, and "
+                    "`record.table('generation_looks')` says whether to trust it.",
+                    problems[0].partition("\n")[0],
+                )
+            return None
+        before, now = (self._of_main_process(*each) for each in read)
+        return {
+            name: measure_drift(
+                before[name],
+                now[name],
+                known=self._activations[name].features,
+                seed=self.sampling.seed,
+            )
+            for name in before
+        }
+
+    def _answers_again(self) -> tuple[list[Answered], list[int]]:
+        """Today's answers to this process's prompts, and the prompts' numbers, with the random numbers of the start, so that the answers
+        differ where the models do."""
         asked: dict[Ids, list[int]] = {}
         for (prompt, _), number in zip(self._own, self._own_numbers, strict=True):
             asked.setdefault(prompt, []).append(number)
-        sampling = dataclasses.replace(
-            self._own_sampling, answers=max((len(numbers) for numbers in asked.values()), default=1)
-        )
+        most = max((len(numbers) for numbers in asked.values()), default=1)
         answers = sample_ids(
             policy_of(self.trainer),
             tokenizer_of(self.trainer),
             list(asked),
-            sampling,
+            dataclasses.replace(self._own_sampling, answers=most),
             batch_size=_SAMPLED_TOGETHER,
         )
         rows, numbers = [], []
         for (prompt, several), sampled in zip(asked.items(), answers, strict=True):
             rows += [(prompt, tuple(answer)) for answer in sampled[: len(several)]]
             numbers += several
-        before, now = self._read(self._own, self._own_numbers), self._read(rows, numbers)
-        return {name: measure_drift(before[name], now[name], seed=self.sampling.seed) for name in before}
+        return rows, numbers
 
-    def _read(
-        self, rows: Sequence[Answered], numbers: Sequence[int]
+    def _of_main_process(
+        self, numbers: Sequence[int], lengths: Sequence[int], active: Mapping[str, list[Active]]
     ) -> dict[str, tuple[AnswerActivations, AnswerLayout]]:
-        """What today's model reads in the answers of all processes, dictionary by dictionary, in the main process."""
-        lengths = [len(answer) for _, answer in rows]
-        parts = self._of_all_processes(list(zip(numbers, lengths, *self._active(rows).values(), strict=True)))
+        """What was read in the answers of all processes, dictionary by dictionary, in the main process; empty in the others."""
+        parts = self._of_all_processes(list(zip(numbers, lengths, *active.values(), strict=True)))
         if not self.trainer.accelerator.is_main_process:
             return {}
         merged = sorted((each for part in parts for each in part), key=lambda each: each[0])
         all_numbers, all_lengths, *all_active = map(list, zip(*merged, strict=True))
         layout = AnswerLayout(np.array(all_numbers), np.array(all_lengths))
         return {
-            dictionary.name: (AnswerActivations.from_tokens(*join(active)), layout)
-            for (dictionary, _), active in zip(self._readers, all_active, strict=True)
+            name: (AnswerActivations.from_tokens(*join(each)), layout)
+            for name, each in zip(active, all_active, strict=True)
         }
 
     def _active(self, rows: Sequence[Answered]) -> dict[str, list[Active]]:
