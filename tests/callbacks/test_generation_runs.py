@@ -228,7 +228,9 @@ def test_where_the_answers_cannot_be_sampled_again_training_ends_well_and_the_lo
     assert trainer.state.global_step == 6
     assert record.status == "finished"
     assert f"could not be sampled again ({error})" in caplog.text
+    assert caplog.text.count("could not be sampled again") == 1
     looks = record.table("generation_looks")
+    assert looks["step"].is_unique
     assert not looks["sampled_again"].any()
     assert not looks["trusted"].iloc[-1]
     assert record.features()["generation_drift"].notna().all()

@@ -256,18 +256,21 @@ def measure_drift(
         seed: of the bootstrap over prompts.
     """
     features = np.unique(np.concatenate([known, before[0].features, now[0].features]))
-    once, counts = _draws(before[1], seed)
+    draws = _draws(before[1], seed)
+    sides = []
+    for activations, layout in (now, before):
+        ones = layout.by_prompt(np.ones(layout.n_tokens)).T
+        sides.append((activations, ones, [ones.sum(0) @ taken for taken in draws]))
     parts = [np.empty((3, 0))]
     for first in range(0, len(features), _COLUMNS):
         some = features[first : first + _COLUMNS]
         means = []
-        for activations, layout in (now, before):
-            ones = layout.by_prompt(np.ones(layout.n_tokens)).T
-            sums = np.zeros((len(some), layout.n_prompts))
+        for activations, ones, tokens in sides:
+            sums = np.zeros((len(some), ones.shape[1]))
             sums[np.isin(some, activations.features)] = (
                 activations.values[np.isin(activations.features, some)] @ ones
             ).toarray()
-            means.append([(sums @ taken) / (ones.sum(0) @ taken) for taken in (once, counts)])
+            means.append([(sums @ taken) / each for taken, each in zip(draws, tokens, strict=True)])
         parts.append(_with_interval(*(after - start for after, start in zip(*means, strict=True))))
     return Drift(features, *np.concatenate(parts, axis=1))
 

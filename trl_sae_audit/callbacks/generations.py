@@ -192,7 +192,7 @@ class GenerationDrift:
         self.every = every
         self.looked = step
         self.latest: Look | None = None
-        self._logged = False
+        self._logged = self._ended = False
         self._append = append
         self._activations: dict[str, AnswerActivations] = {}
         known = self._from_main_process(None if kept is None else (kept.rows, kept.prompts))
@@ -216,7 +216,7 @@ class GenerationDrift:
 
         If it is the `last` look and the answers of the start say too little, the model is asked again.
         """
-        self.looked = step
+        self.looked, self._ended = step, last
         look = self.measure()
         if last and self._from_main_process(None if look is None else not look.is_near):
             drifts = self._ask_again()
@@ -238,8 +238,9 @@ class GenerationDrift:
 
     def look_at_end(self, step: int, global_step: int) -> None:
         """The last look, in all processes at once, where it was not taken yet: a run may be stopped at a step that was looked at."""
-        latest = self.latest
-        unsure = latest is not None and not latest.sampled_again and not latest.is_near
+        if self._ended:
+            return
+        unsure = self.latest is not None and not self.latest.is_near
         if self.looked < step or self._from_main_process(unsure):
             self.look(step, global_step, last=True)
 
@@ -331,11 +332,9 @@ class GenerationDrift:
         self, numbers: Sequence[int], lengths: Sequence[int], active: Mapping[str, list[Active]]
     ) -> dict[str, tuple[AnswerActivations, AnswerLayout]]:
         """What was read in the answers of all processes, dictionary by dictionary, in the main process; empty in the others."""
-        parts = self._of_all_processes(list(zip(numbers, lengths, *active.values(), strict=True)))
+        all_numbers, all_lengths, *all_active = self._gathered(numbers, lengths, *active.values())
         if not self.trainer.accelerator.is_main_process:
             return {}
-        merged = sorted((each for part in parts for each in part), key=lambda each: each[0])
-        all_numbers, all_lengths, *all_active = map(list, zip(*merged, strict=True))
         layout = AnswerLayout(np.array(all_numbers), np.array(all_lengths))
         return {
             name: (AnswerActivations.from_tokens(*join(each)), layout)
@@ -382,9 +381,9 @@ class GenerationDrift:
         active = self._active(rows)
         ends = np.cumsum([len(answer) for _, answer in rows])[:-1]
         log_probs = np.split(self._log_probs(rows), ends)
-        parts = self._of_all_processes(list(zip(numbers, rows, log_probs, *active.values(), strict=True)))
-        merged = sorted((each for part in parts for each in part), key=lambda each: each[0])
-        all_numbers, all_rows, all_log_probs, *all_active = map(list, zip(*merged, strict=True))
+        all_numbers, all_rows, all_log_probs, *all_active = self._gathered(
+            numbers, rows, log_probs, *active.values()
+        )
         if accelerator.is_main_process:
             sampled = SampledAnswers(
                 step=step,
@@ -405,6 +404,12 @@ class GenerationDrift:
 
     def _log_probs(self, rows: Sequence[Answered]) -> np.ndarray:
         return answer_log_probs(policy_of(self.trainer), rows, self.sampling.temperature)
+
+    def _gathered(self, numbers: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+        """What all processes have of their answers, in the order of the prompts' numbers: these, and each column."""
+        parts = self._of_all_processes(list(zip(numbers, *columns, strict=True)))
+        merged = sorted((each for part in parts for each in part), key=lambda each: each[0])
+        return [list(column) for column in zip(*merged, strict=True)]
 
     def _of_all_processes(self, part: Any) -> list[Any]:
         return [part] if self.trainer.accelerator.num_processes == 1 else gather_object([part])
