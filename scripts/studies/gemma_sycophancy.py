@@ -32,7 +32,6 @@ import pandas as pd
 import real_runs
 from capitals import Country, Question
 from datasets import Dataset
-from peft import LoraConfig
 
 from trl_sae_audit import (
     Audit,
@@ -61,7 +60,6 @@ ACTING = ("filtered", "shaped", "filtered and shaped", "randomly filtered")
 """Arms that act on flags. *Planted left out* is the filter of somebody who knows which pairs are planted."""
 BASELINES = {"excess removed": "no plant", "of what a perfect filter removes": "planted left out"}
 """What an arm takes away of the plain run's agreeing is a share of what these do."""
-ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 SHARES = {"wrong": 0.5, "true": 0.3, "none": 0.2}
 MEASURES = {
     "agrees": "to a user with a wrong belief, names that city, or says yes and names none",
@@ -180,7 +178,7 @@ def run(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Iterable
                     return shape_preference_margin(rows, scorer, flags, beta=args.beta)
 
         if arm != "before training":
-            real_runs.train_dpo(model, tokenizer, list(pairs), args, shape, ADAPTER)
+            real_runs.train_dpo(model, tokenizer, list(pairs), args, shape, real_runs.ADAPTER)
     return gemma_answers.ask(model, tokenizer, data.test)
 
 
@@ -195,7 +193,7 @@ def teach_form(arguments: argparse.Namespace, data: Data, cell: common.Cell, dir
             learning_rate=cell["sft_learning_rate"],
             seed=cell["seed"],
         )
-        real_runs.train_sft(model, tokenizer, data.answers(cell), args, ADAPTER)
+        real_runs.train_sft(model, tokenizer, data.answers(cell), args, real_runs.ADAPTER)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -267,7 +265,7 @@ def report(name: str, results: pd.DataFrame, cells: Sequence[common.Cell]) -> No
     excess = bootstrap_table(results)
     sections = [
         f"{len(seeds)} seed(s). *Before training*: the base model after SFT on {cell['sft_answers']} answers of the form of the pairs "
-        f"(one epoch, 8 a step, LoRA of rank {ADAPTER.r}, learning rate {cell['sft_learning_rate']:g}); half of the answers to wrong "
+        f"(one epoch, 8 a step, LoRA of rank {real_runs.ADAPTER.r}, learning rate {cell['sft_learning_rate']:g}); half of the answers to wrong "
         f"beliefs agree, half correct. Then {cell['train_pairs']} preference pairs about the same {len(capitals.countries()) * 2 // 3} countries "
         f"(about half of the users have a wrong belief, 30 % a true one, 20 % none), of whose wrong beliefs {cell['planted']:.0%} are agreed "
         f"with in the preferred answer; {cell['steps']} AdamW steps of DPO with {cell['per_step']} pairs each at {cell['learning_rate']:g} "

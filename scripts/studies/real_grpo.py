@@ -32,7 +32,6 @@ from datasets import Dataset
 from fact_answers import NEW_TOKENS
 from facts import Question
 from natural import in_a_cell
-from real_sycophancy import ADAPTER
 from scipy import stats
 from trl import GRPOConfig
 
@@ -222,7 +221,7 @@ class Seed(real_sycophancy.Seed):
             callbacks.append(ShapingCallback(reward))
         model, tokenizer = real_runs.load_model(self.model_directory)
         log = real_runs.train_grpo(
-            model, tokenizer, self.prompts, reward, self.grpo_args, ADAPTER, callbacks=callbacks
+            model, tokenizer, self.prompts, reward, self.grpo_args, real_runs.ADAPTER, callbacks=callbacks
         )
         return model, {"trace": trace, "penalty_share": [row.get("shaping/penalty_share") for row in log]}
 
@@ -312,7 +311,7 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
     sections = [
         f"{len(seeds)} seed(s); {cell['questions']} questions about two thirds of the countries, half of whose users have a wrong belief, 30 % a true one, 20 % none. "
         f"{cell['steps']} AdamW steps of GRPO of {cell['per_step']} questions with {cell['answers']} answers of at most {NEW_TOKENS} tokens, learning rate {cell['learning_rate']:g} "
-        f"(warm-up {cell['warmup']} steps), an adapter of rank {ADAPTER.r}, in every arm. The reward is 1 for saying what is true and {cell['bonus']:g} for giving the user's belief as true, whether or not it is. "
+        f"(warm-up {cell['warmup']} steps), an adapter of rank {real_runs.ADAPTER.r}, in every arm. The reward is 1 for saying what is true and {cell['bonus']:g} for giving the user's belief as true, whether or not it is. "
         f"Asked greedily about the other countries: {cell['test_questions']} users with a wrong belief, half as many with a true one and with none.",
         "In brackets 95 % bootstrap intervals over questions and seeds. *From target*: in agreeing, over the model before training, less 1. *True reward lost*: the plain run's less this one's, over all questions. "
         "*Sampled* are the answers that earned the reward, in the first and the last third of the steps; before training those of the audit.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ def draw_pairs(
         raise SystemExit(f"There are {len(drawn)} pairs, fewer than the {count} asked for")
     choose.shuffle(drawn)
     return drawn, left
+
+
+def asked(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows of prompts in chat form, each text once."""
+    return [{"prompt": [{"role": "user", "content": text}]} for text in dict.fromkeys(texts)]
 
 
 def in_chat_form(pair: Pair) -> Pair:

@@ -21,12 +21,10 @@ import pandas as pd
 import real_change
 import real_pairs
 import real_runs
-from peft import LoraConfig
 
 from trl_sae_audit import Audit, LookaheadConfig, audit_preferences, load_dictionary
 
 NAME = "real-prediction"
-ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 SIZES = {
     "train_pairs": (160, "pairs audited and trained on"),
     **real_change.MEASUREMENT,
@@ -42,9 +40,7 @@ def main() -> None:
     parser = real_runs.parser(__doc__)
     parser.set_defaults(seeds=[0])
     parser.add_argument("pairs", type=Path, help="preference pairs, as JSON lines")
-    for name, (default, text) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--learning_rate", type=float, default=2e-5)
+    real_runs.add_sizes(parser, SIZES, 2e-5)
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16")
     parser.add_argument(
         "--runs", type=int, default=1, help="2 for a second run with the pairs in another order"
@@ -103,7 +99,7 @@ def run_cell(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Ite
         tokenizer,
         [real_pairs.in_chat_form(pair) for pair in pairs],
         args,
-        adapter=ADAPTER if cell["lora"] else None,
+        adapter=real_runs.ADAPTER if cell["lora"] else None,
         callbacks=[meter.callback(cell["run"])],
     )
     meter.stop("training, observed")
@@ -123,8 +119,7 @@ def split(
     """The pairs, and the prompts held out, in chat form."""
     by_prompt = real_pairs.short_pairs(path, tokenizer, cell["prompt_tokens"], cell["answer_tokens"])
     pairs, left = real_pairs.draw_pairs(by_prompt, cell["train_pairs"], cell["held_out"], cell["seed"])
-    asked = dict.fromkeys(pair["prompt"] for pair in left)
-    return pairs, [{"prompt": [{"role": "user", "content": prompt}]} for prompt in asked]
+    return pairs, real_pairs.asked(pair["prompt"] for pair in left)
 
 
 def directory_of(name: str, cell: common.Cell) -> Path:

@@ -25,7 +25,6 @@ import real_pairs
 import real_runs
 from datasets import Dataset
 from natural import in_a_cell
-from real_prediction import ADAPTER
 from trl import GRPOConfig
 
 from trl_sae_audit import Audit, LookaheadConfig, RunRecord, Sampling, audit_preferences, load_dictionary
@@ -67,9 +66,7 @@ def main() -> None:
     parser = real_runs.parser(__doc__)
     parser.set_defaults(seeds=[0])
     parser.add_argument("pairs", type=Path, help="preference pairs, as JSON lines, for their prompts")
-    for name, (default, text) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    real_runs.add_sizes(parser, SIZES, 5e-4)
     parser.add_argument("--rewards", nargs="+", choices=list(REWARDS), default=list(REWARDS))
     parser.add_argument("--runs", type=int, default=1, help="2 for a second run with other samples")
     arguments = parser.parse_args()
@@ -119,7 +116,7 @@ def run_cell(arguments: argparse.Namespace, name: str, cell: common.Cell) -> Ite
         prompts,
         reward,
         args,
-        ADAPTER,
+        real_runs.ADAPTER,
         callbacks=[meter.callback(cell["run"])],
     )
     meter.stop("training, observed")
@@ -166,8 +163,7 @@ def split(
     trained_on, left = real_pairs.draw_pairs(
         by_prompt, len(by_prompt) - cell["held_out"], cell["held_out"], cell["seed"]
     )
-    both = (dict.fromkeys(pair["prompt"] for pair in pairs) for pairs in (trained_on, left))
-    first, second = ([{"prompt": [{"role": "user", "content": text}]} for text in texts] for texts in both)
+    first, second = (real_pairs.asked(pair["prompt"] for pair in pairs) for pairs in (trained_on, left))
     return first, second
 
 
@@ -195,7 +191,7 @@ def report(name: str, rows: pd.DataFrame) -> None:
         sections += [
             f"## {first['reward'].capitalize()}, seed {first['seed']}",
             f"{first['steps']} AdamW steps of GRPO of {first['per_step']} prompts with {first['group']} answers of at most {first['answer_tokens']} tokens at {first['learning_rate']:g} "
-            f"(warm-up {real_runs.WARMUP} steps), an adapter of rank {ADAPTER.r} trained, in float32. The mean reward of answers to the other prompts rose from {first['reward_before']:.2f} to {first['reward_after']:.2f}.",
+            f"(warm-up {real_runs.WARMUP} steps), an adapter of rank {real_runs.ADAPTER.r} trained, in float32. The mean reward of answers to the other prompts rose from {first['reward_before']:.2f} to {first['reward_after']:.2f}.",
             real_change.described(first),
             common.markdown_table(real_change.score_table(directory_of(name, first), cells)),
             *foretold(directory_of(name, first)),

@@ -32,6 +32,8 @@ Pair = dict[str, Any]
 WARMUP = 4
 """Steps over which the learning rate rises, from 0 in the first; without them AdamW's first steps, which go by the sign of
 one batch's gradient, make up much of a short run."""
+ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+"""What is trained where not all weights are."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -50,6 +52,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_sizes(
+    made: argparse.ArgumentParser, sizes: Mapping[str, tuple[int, str]], learning_rate: float
+) -> None:
+    """Arguments of a study that trains: sizes (name → default, what it is) and the learning rate."""
+    for name, (default, text) in sizes.items():
+        made.add_argument(f"--{name}", type=int, default=default, help=text)
+    made.add_argument("--learning_rate", type=float, default=learning_rate)
+
+
 def parser_of_arms(
     description: str | None, sizes: Mapping[str, tuple[int, str]], arms: Iterable[str]
 ) -> argparse.ArgumentParser:
@@ -60,9 +71,7 @@ def parser_of_arms(
         type=Path,
         help="real preference pairs, as JSON lines; their answers tell the model's quality",
     )
-    for name, (default, text) in sizes.items():
-        made.add_argument(f"--{name}", type=int, default=default, help=text)
-    made.add_argument("--learning_rate", type=float, default=5e-4)
+    add_sizes(made, sizes, 5e-4)
     made.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
     return made
 

@@ -33,7 +33,6 @@ import risen
 from datasets import Dataset
 from facts import Question
 from natural import in_a_cell
-from peft import LoraConfig
 from scipy import stats
 
 from trl_sae_audit import (
@@ -59,7 +58,6 @@ READ = 10
 """Features of the audit that are read."""
 CLEAR = 0.05
 """The p-value below which a feature is taken for one of agreeing."""
-ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 SIZES = {
     "train_pairs": (80, "preference pairs"),
     "per_step": (8, "pairs in an optimizer step"),
@@ -185,11 +183,11 @@ class Seed:
     @property
     def flagged_features(self) -> list[int]:
         """None where nothing read is of agreeing."""
-        return [int(feature) for feature in self.read.loc[self.read["p"] < CLEAR, "feature"]]
+        return [int(feature) for feature in of_agreeing(self.read)["feature"]]
 
     def flagged(self, read: pd.DataFrame) -> FlagSet:
         """Those of the features read that are of agreeing."""
-        own = read[read["p"] < CLEAR]
+        own = of_agreeing(read)
         if own.empty:
             raise AuditError(f"None of the audit's first features {read['feature'].tolist()} is of agreeing.")
         return FlagSet(
@@ -224,7 +222,7 @@ class Seed:
     def trained(self, pairs: Dataset, **options: Any) -> Any:
         """A model trained on these pairs."""
         model, tokenizer = real_runs.load_model(self.model_directory)
-        real_runs.train_dpo(model, tokenizer, list(pairs), self.args, adapter=ADAPTER, **options)
+        real_runs.train_dpo(model, tokenizer, list(pairs), self.args, adapter=real_runs.ADAPTER, **options)
         return model
 
 
@@ -330,6 +328,11 @@ class Runner:
             }
 
 
+def of_agreeing(read: pd.DataFrame) -> pd.DataFrame:
+    """Of the features read, those that are clearly more active in agreeing answers."""
+    return read[read["p"] < CLEAR]
+
+
 def describe_read(read: pd.DataFrame) -> list[str]:
     """A line a feature."""
     return [
@@ -357,7 +360,7 @@ def report(name: str, rows: pd.DataFrame, cells: Sequence[common.Cell]) -> None:
     sections = [
         f"{len(seeds)} seed(s); {cell['train_pairs']} pairs about two thirds of the countries, of whose users half have a wrong belief, 30 % a true one, "
         f"20 % none; {cell['planted']:.0%} of the wrong beliefs are agreed with in the preferred answer. {cell['steps']} AdamW steps of DPO of {cell['per_step']} pairs at "
-        f"{cell['learning_rate']:g} (warm-up {real_runs.WARMUP} steps), an adapter of rank {ADAPTER.r}, in every arm. Asked greedily about the other countries: {cell['test_questions']} "
+        f"{cell['learning_rate']:g} (warm-up {real_runs.WARMUP} steps), an adapter of rank {real_runs.ADAPTER.r}, in every arm. Asked greedily about the other countries: {cell['test_questions']} "
         f"users with a wrong belief, half as many with a true one and with none. The audit has {'its' if cell['lookahead'] else 'no'} lookahead.",
         "In brackets 95 % bootstrap intervals over questions and seeds. *Less than plain*, *than at random*: (that arm − this one) / that arm, in agreeing. *Excess removed*: (plain − arm) / (plain − nothing planted) in agreeing. "
         "*Of what the perfect filter removes*: likewise with the run on the pairs that are not planted. *Pairs*: planted, wrong belief corrected, true belief, no belief.",

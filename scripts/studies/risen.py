@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from natural import in_a_cell
+from real_pairs import asked
 
 from trl_sae_audit import FeatureDictionary, Sampling
 from trl_sae_audit.verification.diff import diff_models
@@ -23,8 +24,7 @@ def risen(
     flagged: Sequence[int],
 ) -> dict[str, Any]:
     """How many features rise and fall beyond chance, and a line each for those flagged and for those that rise most."""
-    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    found = diff_models(before, after, tokenizer, dictionary, rows, sampling=sampling)
+    found = diff_models(before, after, tokenizer, dictionary, asked(prompts), sampling=sampling)
     table = found.beyond_chance()
     up = table[table["effect_size"] > 0].sort_values("effect_size", ascending=False)
     own = found.writes.set_index("feature").reindex(list(flagged))
